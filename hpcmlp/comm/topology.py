@@ -1,0 +1,36 @@
+"""Where the ranks are: in the world, in the node and across nodes."""
+
+import numpy as np
+from mpi4py import MPI
+
+
+class Topology:
+    """The place of this rank, and the communicators that go with it.
+
+    Collective over `comm`. `node` joins the ranks that share this rank's memory, `cross` the ranks with the same
+    local rank on all nodes. Nodes may hold different numbers of ranks: then `cross_size` differs between local ranks
+    and `num_nodes` is still the number of nodes. MPI is asked (COMM_TYPE_SHARED); launchers' variables lie.
+    """
+
+    def __init__(self, comm: MPI.Intracomm):
+        self.comm = comm
+        self.rank = comm.rank
+        self.size = comm.size
+        self.node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+        self.local_rank = self.node.rank
+        self.local_size = self.node.size
+        self.cross = comm.Split(self.local_rank, key=comm.rank)
+        self.cross_rank = self.cross.rank
+        self.cross_size = self.cross.size
+        leaders = np.array([self.local_rank == 0], dtype=np.int64)
+        comm.Allreduce(MPI.IN_PLACE, leaders, MPI.SUM)
+        self.num_nodes = int(leaders[0])
+        self.host = MPI.Get_processor_name()
+
+    def free(self) -> None:
+        """Give back the communicators made here; `comm` stays the caller's.
+
+        Collective over `comm`.
+        """
+        self.node.Free()
+        self.cross.Free()

@@ -1,0 +1,322 @@
+"""Every option: its default, its check, its help; frozen dataclasses from TOML and the command line."""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hpcmlp.errors import ConfigError, InputMissing
+
+TOML_LIMIT_BYTES = 64 * 1024
+
+
+def option(default: Any = MISSING, help: str = "", *, kind: type | None = None, choices: tuple | None = None,
+           low: float | None = None, high: float | None = None, above: float | None = None, below: float | None = None,
+           many: bool = False, positional: bool = False, metavar: str | None = None, short: str | None = None):
+    """Declare one option: a dataclass field whose metadata says how to read, check and explain it.
+
+    Local. `kind` is the type of one value (`bool` makes a switch with a `--no-` form), `many` a comma-separated tuple;
+    `low <= value <= high` and `above < value < below` are the legal range.
+    """
+    meta = dict(help=help, kind=kind or (type(default) if default not in (MISSING, None) else str), choices=choices,
+                low=low, high=high, above=above, below=below, many=many, positional=positional, metavar=metavar,
+                short=short)
+    if default is MISSING:
+        return field(metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "elu", "selu", "tanh", "sigmoid", "softplus", "identity")
+LOSSES = ("softmax_cross_entropy", "binary_cross_entropy", "mean_squared", "mean_absolute", "huber", "quantile")
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lamb", "lars")
+SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
+INITIALIZERS = ("auto", "he", "he_normal", "he_uniform", "glorot", "glorot_normal", "glorot_uniform", "lecun",
+                "lecun_normal", "lecun_uniform", "torch")
+SYNCS = ("ring", "native")
+DEVICES = ("cpu", "gpu")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turn a named data set or files into a data set directory of HDF5 shards."""
+
+    source: str = option(positional=True, help="named data set (mnist, covertype, diamonds, water, digits) or a file, "
+                         "directory, glob or list file: CSV, NPZ, idx, HDF5, Parquet")
+    out: str = option(help="data set directory to write; must not exist or be empty", metavar="DIR")
+    shards: int = option(8, low=1, high=99999, help="training shards (files); other splits get a share")
+    target: str | None = option(None, help="target column or columns, comma-separated (files)", metavar="COL")
+    task: str = option("auto", choices=("auto", "classification", "regression", "multilabel"),
+                       help="what the targets are; auto: text or few integers are classes, numbers are regressed")
+    x: str | None = option(None, help="name of the input array in NPZ or HDF5 files (else found by habit: x, X, ...)")
+    y: str | None = option(None, help="name of the target array in NPZ or HDF5 files")
+    columns: tuple | None = option(None, kind=str, many=True, help="columns to use as inputs (default: all others)")
+    weight: str | None = option(None, help="column or array of sample weights")
+    categorical: tuple | None = option(None, kind=str, many=True,
+                                       help="columns to one-hot even though they look numeric")
+    val_fraction: float = option(0.1, low=0.0, below=1.0, help="share of the training rows kept for validation")
+    test_fraction: float = option(0.2, low=0.0, below=1.0, help="share of rows for the test split, where the source "
+                                  "has none of its own")
+    stratify: bool = option(True, help="keep class proportions in every split (classification)")
+    normalize: str = option("standard", choices=("standard", "min-max", "robust", "none"),
+                            help="scaling of inputs, fitted on training rows only")
+    normalize_targets: str = option("standard", choices=("standard", "none"), help="scaling of regression targets")
+    missing: str = option("median", choices=("median", "mean", "drop", "error"),
+                          help="missing inputs: fill by a statistic of the training rows, drop the row, or refuse")
+    invalid: str = option("error", choices=("error", "drop", "missing"),
+                          help="infinite inputs (and NaN in binary formats): refuse, drop the row, or treat as missing")
+    max_levels: int = option(1000, low=2, help="most levels a categorical column may have")
+    rows: int | None = option(None, kind=int, low=1, help="rows to generate (water) or to take from the start of files")
+    seed: int = option(0, low=0, high=2**63 - 1, help="seed of shuffle, splits and generated data")
+    from_dir: str | None = option(None, help="directory with the raw files of a named data set, instead of fetching",
+                                  metavar="DIR")
+    cache: str | None = option(None, help="where fetched files are kept (default: $HPCMLP_CACHE or ~/.cache/hpcmlp)",
+                               metavar="DIR")
+    compression: str = option("none", choices=("none", "gzip", "lzf"), help="compression of the shards")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a network on all ranks and keep everything needed to use or resume it."""
+
+    data: str = option(help="data set directory made by prepare", metavar="DIR")
+    out: str = option(help="run directory", metavar="RUN")
+    resume: bool = option(False, help="go on from the newest good checkpoint in RUN, or start when there is none")
+    # network
+    hidden: tuple = option((256, 128), kind=int, many=True, low=1, high=2**24, help="widths of the hidden layers; "
+                           "'none' for a linear model")
+    activation: str = option("relu", choices=ACTIVATIONS, help="activation of the hidden layers")
+    dropout: float = option(0.0, low=0.0, below=1.0, help="probability of dropping a hidden activation")
+    layer_norm: bool = option(False, help="layer normalisation before each activation")
+    residual: bool = option(False, help="residual connection wherever neighbouring hidden layers have one width")
+    initializer: str = option("auto", choices=INITIALIZERS, help="auto: He for the ReLU family, Glorot for saturating "
+                              "activations, LeCun for selu")
+    # loss
+    loss: str = option("auto", choices=("auto", *LOSSES), help="auto: cross entropy for classes, binary cross entropy "
+                       "for labels, mean squared for numbers")
+    label_smoothing: float = option(0.0, low=0.0, below=1.0, help="softmax cross entropy: weight of the uniform target")
+    class_weights: str = option("none", help="'none', 'balanced', or one weight per class, comma-separated")
+    huber_delta: float = option(1.0, above=0.0, help="Huber loss: where it turns linear (standardised units)")
+    quantiles: tuple = option((0.1, 0.5, 0.9), kind=float, many=True, above=0.0, below=1.0, help="quantile loss")
+    # duration and batches
+    epochs: int | None = option(None, kind=int, low=0, help="passes over the training rows (default 10)")
+    steps: int | None = option(None, kind=int, low=0, help="optimizer steps, instead of epochs")
+    global_batch_size: int = option(256, low=1, high=2**31 - 1, help="samples of one step over all ranks")
+    accumulate: int = option(1, low=1, help="micro-batches that each local batch is cut into (saves memory)")
+    # optimizer
+    optimizer: str = option("adamw", choices=OPTIMIZERS, help="update rule")
+    lr: float = option(0.001, above=0.0, help="peak learning rate")
+    momentum: float | None = option(None, kind=float, low=0.0, below=1.0, help="momentum of sgd, rmsprop and lars "
+                                    "(default: 0, 0, 0.9)")
+    nesterov: bool = option(False, help="Nesterov's form of the momentum (sgd)")
+    beta1: float | None = option(None, kind=float, low=0.0, below=1.0, help="decay of the first moment of adam, adamw "
+                                 "and lamb (default: 0.9)")
+    beta2: float | None = option(None, kind=float, low=0.0, below=1.0, help="decay of the second moment of adam, adamw "
+                                 "and lamb (default: 0.999)")
+    alpha: float | None = option(None, kind=float, low=0.0, below=1.0, help="decay of the mean square of rmsprop "
+                                 "(default: 0.99)")
+    eps: float | None = option(None, kind=float, above=0.0, help="added to the root of the second moment (default: "
+                               "1e-8; adagrad 1e-10, lamb 1e-6)")
+    weight_decay: float | None = option(None, kind=float, low=0.0, help="weight decay, decoupled for adamw, else added "
+                                        "to the gradient (default: 0; adamw 0.01)")
+    clip_norm: float | None = option(None, kind=float, above=0.0, help="largest global norm of the gradient")
+    ema: float | None = option(None, kind=float, above=0.0, below=1.0, help="decay of an exponential moving average of "
+                               "the weights, used for validation and the final model")
+    # schedule
+    schedule: str = option("constant", choices=SCHEDULES, help="learning rate over the run")
+    warmup_steps: int = option(0, low=0, help="steps of linear warm-up")
+    min_lr: float | None = option(None, kind=float, low=0.0, help="final learning rate of cosine (default: 0)")
+    step_size: int | None = option(None, kind=int, low=1, help="steps between the decays of step (default: 1000)")
+    gamma: float | None = option(None, kind=float, above=0.0, high=1.0, help="factor of a decay of step, or of an epoch "
+                                 "of exponential (default: 0.1)")
+    # validation
+    validate_every: int = option(1, low=1, help="epochs between validations")
+    monitor: str = option("auto", help="validation metric that picks the best state (auto: accuracy for classes, loss "
+                          "for numbers)")
+    early_stopping: int | None = option(None, kind=int, low=1, help="stop after this many validations without a better "
+                                        "one")
+    # saving
+    checkpoint_every: int | None = option(None, kind=int, low=1, help="steps between checkpoints (default: each epoch)",
+                                          metavar="STEPS")
+    keep: int = option(2, low=1, help="newest checkpoints kept, beside the best")
+    log_every: int = option(50, low=1, help="steps between step records in metrics.jsonl", metavar="STEPS")
+    print_every: int | None = option(None, kind=int, low=1, help="print 'Step %%d, loss = %%.2f' every so many steps",
+                                     metavar="STEPS")
+    progress: bool = option(True, help="progress bar when standard output is a terminal")
+    test: bool = option(True, help="evaluate the test split once at the end")
+    # how it runs
+    device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
+    sync: str = option("ring", choices=SYNCS, help="how gradients are combined: our ring, or the MPI library's own")
+    full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
+                               "form, for comparison)")
+    bucket_mb: float = option(32.0, above=0.0, help="size of a bucket of gradients, MiB")
+    memory_limit: float | None = option(None, kind=float, above=0.0, help="memory for the samples of one rank, MiB; "
+                                        "larger sets are streamed", metavar="MIB")
+    replica_check_every: int = option(100, low=0, help="steps between checks that all ranks hold the same parameters; "
+                                      "0: never", metavar="STEPS")
+    verify: bool = option(True, help="verify the shards' checksums when they are opened")
+    time_limit: float | None = option(None, kind=float, above=0.0, help="stop, save and exit 75 before so many minutes "
+                                      "have passed", metavar="MINUTES")
+    seed: int = option(0, low=0, high=2**63 - 1, help="seed of parameters, order of samples and dropout")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Compute exact metrics over every sample of a split once."""
+
+    run: str = option(positional=True, help="run directory", metavar="RUN")
+    data: str | None = option(None, help="data set directory (default: the one it was trained on)", metavar="DIR")
+    split: str = option("test", choices=SPLITS, help="split to evaluate")
+    which: str = option("best", choices=("best", "last"), help="the best state by validation, or the newest")
+    top_k: int = option(5, low=1, help="k of the top-k accuracy")
+    rows_per_batch: int = option(4096, low=1, help="samples that one rank takes through the network at once")
+    device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
+    json: bool = option(False, help="print one JSON object and nothing else")
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Predict for new rows, in input order, into one HDF5 file."""
+
+    run: str = option(positional=True, help="run directory", metavar="RUN")
+    input: str = option(positional=True, help="CSV, NPZ, idx, HDF5 or Parquet file, or a data set directory "
+                        "(then --split)", metavar="INPUT")
+    out: str = option(help="HDF5 file to write", metavar="FILE.h5")
+    split: str = option("test", choices=SPLITS, help="split, when INPUT is a data set directory")
+    x: str | None = option(None, help="name of the input array in NPZ or HDF5 files")
+    which: str = option("best", choices=("best", "last"), help="the best state by validation, or the newest")
+    rows_per_batch: int = option(4096, low=1, help="samples that one rank takes through the network at once")
+    device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
+    force: bool = option(False, help="replace FILE.h5 when it exists")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what a shard, data set, run or checkpoint holds, and whether it is whole."""
+
+    path: str = option(positional=True, help="shard, data set directory, run directory or checkpoint", metavar="PATH")
+    verify: bool = option(True, help="read everything and compare checksums")
+    json: bool = option(False, help="print one JSON object and nothing else")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Draw learning curves and the split of time from a run's log."""
+
+    runs: tuple = option(positional=True, many=True, kind=str, help="run directories", metavar="RUN")
+    out: str | None = option(None, help="directory for the pictures (default: the run directory)", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time the parts of a step on this machine."""
+
+    what: str = option(positional=True, choices=("step", "comm", "gemm"), help="what to time")
+    sizes: tuple = option((784, 256, 128, 10), kind=int, many=True, low=1, help="widths from input to output")
+    global_batch_size: int = option(128, low=1, help="samples of one step over all ranks")
+    steps: int = option(200, low=5, help="timed steps")
+    sync: str = option("ring", choices=SYNCS, help="how gradients are combined")
+    optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule")
+    device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
+    json: bool = option(False, help="print one JSON object and nothing else")
+
+
+CONFIGS = {"prepare": PrepareConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "predict": PredictConfig,
+           "bench": BenchConfig, "report": ReportConfig, "inspect": InspectConfig}
+
+
+def nearest(word: str, legal: list[str]) -> str:
+    """Return '; did you mean X?' for the legal word closest to `word`, or an empty text. Local."""
+    close = difflib.get_close_matches(word, legal, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_value(name: str, meta: dict, value: Any) -> Any:
+    """Return `value` as the option's type, or raise ConfigError with what is legal.
+
+    Local. Booleans are not integers here, integers are welcome where floats are wanted, and floats must be finite.
+    """
+    if meta["many"]:
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_check_one(name, meta, v) for v in values)
+    return _check_one(name, meta, value)
+
+
+def _check_one(name: str, meta: dict, value: Any) -> Any:
+    kind = meta["kind"]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name} = {value!r} is a {type(value).__name__}; it must be a {kind.__name__}.")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value!r} is not finite; give a finite number.")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(f"{name} = {value!r} is not known{nearest(str(value), list(meta['choices']))} "
+                          f"(legal: {', '.join(map(str, meta['choices']))}).")
+    bounds: list[tuple[str, Callable[[Any, Any], bool], str]] = [
+        ("low", lambda v, b: v >= b, "at least"), ("high", lambda v, b: v <= b, "at most"),
+        ("above", lambda v, b: v > b, "above"), ("below", lambda v, b: v < b, "below")]
+    wanted = [f"{text} {meta[key]}" for key, _, text in bounds if meta[key] is not None]
+    for key, holds, _ in bounds:
+        if meta[key] is not None and not holds(value, meta[key]):
+            raise ConfigError(f"{name} = {value} is out of range; it must be {' and '.join(wanted)}.")
+    return value
+
+
+def read_toml(path: str, config: type) -> dict[str, Any]:
+    """Read a TOML file of options for the dataclass `config` and check every key and value.
+
+    Local. Raises InputMissing when it is not there, ConfigError for everything else that is wrong with it.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputMissing(f"{path}: cannot read this configuration file ({error.strerror}).") from None
+    if len(data) > TOML_LIMIT_BYTES:
+        raise ConfigError(f"{path}: {len(data)} bytes; a configuration file has at most {TOML_LIMIT_BYTES}.")
+    try:
+        values = tomllib.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}.") from None
+    known = {f.name: f.metadata for f in fields(config)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, list(known))}")
+    return {key: check_value(f"{path}: {key}", known[key], value) for key, value in values.items()}
+
+
+def build(config: type, given: dict[str, Any], toml: str | None = None) -> Any:
+    """Return the frozen dataclass from defaults <- TOML file <- command line. Local; raises ConfigError."""
+    values = read_toml(toml, config) if toml else {}
+    values.update(given)
+    missing = [f.name for f in fields(config) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise ConfigError(f"{', '.join(flag(name) for name in missing)} must be given, on the command line or in a "
+                          "TOML file.")
+    return config(**values)
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of the option `name`. Local."""
+    return "--" + name.replace("_", "-")
+
+
+def to_toml(config: Any) -> str:
+    """Return the resolved options as TOML text; reading it back gives the same dataclass. Local."""
+    lines = [f"{f.name} = {_toml_value(getattr(config, f.name))}" for f in fields(config)
+             if getattr(config, f.name) is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    return repr(value)

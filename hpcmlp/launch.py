@@ -1,0 +1,265 @@
+"""Decide BLAS threads, MPI yielding, thread level and launcher size before NumPy and MPI load."""
+
+import os
+import sys
+import warnings
+from array import array
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from hpcmlp.errors import ConfigError
+
+BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+# MPICH, Open MPI, Intel MPI: give the core away while waiting. Right only when ranks outnumber cores: MPICH's costs
+# a tenfold latency otherwise.
+YIELD_VARIABLES = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
+                   "I_MPI_THREAD_YIELD": "2"}
+# PMI_SIZE stands before SLURM: under mpiexec inside an allocation the step variables count the launcher's daemons.
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+LAUNCHER_PROCESSES = ("hydra_pmi_proxy", "hydra_bstrap_pr", "mpiexec", "mpirun", "orted", "prted", "prterun",
+                      "slurmstepd", "palsd", "pmi_proxy")
+SLURM_INTERACTIVE_STEPS = ("4294967290", "4294967291")   # the shell of an allocation, the batch script: no ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """What `open_world` found and chose; the header of a run prints it."""
+
+    comm: Any               # MPI.COMM_WORLD
+    rank: int
+    size: int
+    cores: frozenset[int]   # cores that this rank may use
+    blas_threads: int
+    threads_source: str     # why it is this number
+    oversubscribed: bool    # more ranks than cores on this node
+    library: str            # "MPICH 5.0.2"
+    launcher: str           # "mpiexec, 2 ranks (PMI_SIZE)" or "none"
+    thread_level: str       # "serialized" or "multiple"
+
+
+def open_world() -> World:
+    """Initialise MPI with the settings that fit this node, and BLAS threads to match the cores.
+
+    Collective over all ranks. Call it once, before anything imports NumPy: the pip wheel's OpenBLAS reads its
+    variables at that moment. Variables that the user has set are left alone. `import hpcmlp.launch` and argument
+    errors start no MPI; this does.
+
+    Raises ConfigError (78) when the launcher started another number of ranks than MPI sees, or no MPI can be opened.
+    """
+    # Network file systems often have no locks, and shards are written once and then only read.
+    os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
+    expected, variable = launcher_size(os.environ)
+    crowded = _expect_oversubscription(os.environ)
+    if crowded:
+        for name, value in YIELD_VARIABLES.items():
+            os.environ.setdefault(name, value)
+    MPI = _load_mpi("multiple" if crowded else "serialized")
+    comm = MPI.COMM_WORLD
+    if expected is not None and expected != comm.size:
+        raise ConfigError(size_mismatch(expected, variable, comm.size, _library(MPI)))
+    cores = frozenset(os.sched_getaffinity(0))
+    spare, share = _share_of_cores(MPI, comm, cores)
+    threads, source = choose_threads(os.environ, share, numpy_loaded="numpy" in sys.modules)
+    if "numpy" not in sys.modules:
+        for name in BLAS_VARIABLES:
+            os.environ.setdefault(name, str(threads))
+    levels = {MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled", MPI.THREAD_SERIALIZED: "serialized",
+              MPI.THREAD_MULTIPLE: "multiple"}
+    launcher = "none" if expected is None else f"{'srun' if 'SLURM' in variable else 'mpiexec'} ({variable}={expected})"
+    return World(comm, comm.rank, comm.size, cores, threads, source, spare < 0, _library(MPI), launcher,
+                 levels[MPI.Query_thread()])
+
+
+def end_all(comm: Any, code: int) -> NoReturn:
+    """End every rank of the job at once with `code`, after writing out what this rank has printed.
+
+    Local: for the moment when the other ranks cannot be asked any more. Never returns; exit handlers do not run.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):   # a closed pipe must not keep the other ranks waiting
+            pass
+    if comm is not None and comm.size > 1:
+        comm.Abort(code)
+    os._exit(code)
+
+
+def launcher_size(environ: dict[str, str]) -> tuple[int | None, str]:
+    """Return how many ranks the launcher started and the variable that says so, or (None, "").
+
+    Local. SLURM's step counts only inside a step that srun started: a plain `python` in a batch script or in an
+    interactive allocation is a serial run there.
+    """
+    for name in SIZE_VARIABLES:
+        value = environ.get(name, "")
+        if not value.isdigit():
+            continue
+        if name.startswith("SLURM"):
+            if "SLURM_STEP_ID" not in environ or environ["SLURM_STEP_ID"] in SLURM_INTERACTIVE_STEPS:
+                continue
+            if "OMPI_COMM_WORLD_RANK" in environ or "PMI_RANK" in environ:
+                continue
+        return int(value), name
+    return None, ""
+
+
+def launcher_rank() -> int:
+    """Return this process's rank by the launcher's variables, 0 without a launcher.
+
+    Local: says who may speak about an error before MPI is up.
+    """
+    for name in RANK_VARIABLES:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def launcher_rank() -> int:
+    """Return this process's rank as its launcher has numbered it, 0 without a launcher; starts no MPI.
+
+    Local: for the one who speaks while MPI cannot be asked.
+    """
+    for name in RANK_VARIABLES:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    if launcher_size(os.environ)[1].startswith("SLURM") and os.environ.get("SLURM_PROCID", "").isdigit():
+        return int(os.environ["SLURM_PROCID"])
+    return 0
+
+
+def size_mismatch(expected: int, variable: str, size: int, library: str) -> str:
+    """Return the sentence for a launcher that does not belong to the MPI library. Local."""
+    if "SLURM" in variable:
+        cure = "start it with another `srun --mpi=` type (`srun --mpi=list` shows them)"
+    else:
+        cure = ("start it with the launcher of that library (of an MPI installed by pip: the `mpiexec` beside this "
+                f"Python, {os.path.join(os.path.dirname(sys.executable), 'mpiexec')})")
+    return (f"The launcher started {expected} ranks ({variable}={expected}) but {library} sees a world of {size}, so "
+            f"each rank would run alone: {cure}.")
+
+
+def choose_threads(environ: dict[str, str], share: float, numpy_loaded: bool = False) -> tuple[int, str]:
+    """Return the number of BLAS threads of this rank and the reason.
+
+    Local. `share` is the number of cores that fall to this rank (`_share_of_cores`); a variable that is already set
+    wins, in the order in which OpenBLAS looks.
+    """
+    for name in BLAS_VARIABLES:
+        value = environ.get(name, "").split(",")[0].strip()   # OMP_NUM_THREADS may be a list, one per nesting level
+        if value.isdigit() and int(value) > 0:
+            return int(value), f"{name} is set"
+    threads = max(1, int(share + 1e-6))
+    if numpy_loaded:
+        return threads, "not set: NumPy was loaded before launch.open_world"
+    return threads, f"{share:.3g} cores per rank"
+
+
+def share_of_cores(cores: frozenset[int], holders: list[int]) -> float:
+    """Return how many cores fall to a rank that may use `cores`, when `holders[c]` ranks of the node may use core c.
+
+    Local. Right for masks that are disjoint (a launcher that binds), equal (one that does not) and anything between.
+    """
+    return sum(1.0 / holders[core] for core in cores)
+
+
+def cpu_quota(root: str = "/sys/fs/cgroup") -> float | None:
+    """Return the cores' worth of CPU time that a container may use (cgroup v2, then v1), None when unlimited. Local."""
+    try:
+        with open(os.path.join(root, "cpu.max"), encoding="ascii") as file:
+            quota, period = file.read().split()[:2]
+    except (OSError, ValueError):
+        try:
+            with open(os.path.join(root, "cpu/cpu.cfs_quota_us"), encoding="ascii") as file:
+                quota = file.read().strip()
+            with open(os.path.join(root, "cpu/cpu.cfs_period_us"), encoding="ascii") as file:
+                period = file.read().strip()
+        except OSError:
+            return None
+    if not (quota.isdigit() and period.isdigit()) or int(quota) == 0 or int(period) == 0:
+        return None
+    return int(quota) / int(period)
+
+
+def _load_mpi(thread_level: str) -> Any:
+    import mpi4py
+    mpi4py.rc.thread_level = thread_level
+    try:
+        with warnings.catch_warnings():
+            # mpi4py warns of a suspicious environment; `size_mismatch` says it in one clear sentence.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"No MPI library can be opened ({' '.join(str(error).split())}); load the site's MPI module, "
+                          "or on a machine without one: pip install 'hpcmlp[mpich]'.") from None
+    return MPI
+
+
+def _share_of_cores(MPI: Any, comm: Any, cores: frozenset[int]) -> tuple[float, float]:
+    """Return (cores of the node minus ranks of the node, cores that fall to this rank)."""
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+    length = array("i", [max(cores) + 1])
+    node.Allreduce(MPI.IN_PLACE, length, MPI.MAX)
+    holders = array("i", [int(core in cores) for core in range(length[0])])
+    node.Allreduce(MPI.IN_PLACE, holders, MPI.SUM)
+    available = float(sum(1 for count in holders if count))
+    share = share_of_cores(cores, list(holders))
+    quota = cpu_quota()
+    if quota is not None:
+        available = min(available, quota)
+        share = min(share, quota / node.size)
+    spare = available - node.size
+    node.Free()
+    return spare, share
+
+
+def _expect_oversubscription(environ: dict[str, str]) -> bool:
+    """Guess, before MPI can be asked, whether the ranks of this node outnumber its cores."""
+    sizes = [environ[name] for name in LOCAL_SIZE_VARIABLES if environ.get(name, "").isdigit()]
+    if not sizes and "SLURM_STEP_ID" in environ and "PMI_SIZE" not in environ:
+        sizes = [environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]]
+    if not sizes or not sizes[0].isdigit():
+        return False
+    cores = float(len(_launcher_cores()))
+    quota = cpu_quota()
+    return int(sizes[0]) > (cores if quota is None else min(cores, quota))
+
+
+def _launcher_cores() -> set[int]:
+    """Return the cores of this process and of its ancestors up to the launcher.
+
+    A launcher that binds leaves each rank a part of its own cores, so our mask alone would look crowded.
+    """
+    cores = set(os.sched_getaffinity(0))
+    pid = os.getppid()
+    first = None
+    for _ in range(8):
+        try:
+            above = cores | os.sched_getaffinity(pid)
+            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+                name, _, rest = file.read().partition("(")[2].rpartition(")")
+        except OSError:
+            break
+        first = first or above
+        if name in LAUNCHER_PROCESSES:
+            return above
+        pid = int(rest.split()[1])
+        if pid <= 1:
+            break
+        cores = above
+    return first or cores
+
+
+def _library(MPI: Any) -> str:
+    text = MPI.Get_library_version().split("\n")[0].strip("\0 ")
+    words = text.replace(",", " ").split()
+    if text.startswith("MPICH Version"):
+        return f"MPICH {words[-1]}"
+    if text.startswith("Open MPI"):
+        return f"Open MPI {words[2].lstrip('v')}"
+    if text.startswith("Intel(R) MPI Library"):
+        return f"Intel MPI {words[3]}"
+    return text[:60]

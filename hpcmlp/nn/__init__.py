@@ -1,0 +1,1 @@
+"""The serial mathematics: networks, losses, schedules, optimizers, metrics; knows no MPI, files or clocks."""

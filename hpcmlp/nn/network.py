@@ -1,0 +1,304 @@
+"""A multi-layer perceptron on preallocated arrays: forward to logits, backward into one flat gradient.
+
+Hidden layer l: a = f(norm(x @ w.T + b)), then dropout, then + x where residual and the widths agree (not for the
+first layer, whose input is data); the last layer is linear. What does not change from step to step is planned once: per
+layer one tuple of views, cut to the rows in use and kept for the last few row counts, so that a step is a loop of calls
+into `ops` and allocates nothing. Kept for backward: one (rows, width) array per layer; a second one only where the
+derivative needs it (pre-activations of gelu and silu; input of a layer norm; f itself under dropout or a residual sum
+when its derivative comes from its output). Gradients of activations share two buffers of the greatest width (three with
+residual sums). Cost of a step: 6 * rows * weights flops, less 2 * rows * sizes[0] * sizes[1], as data need no gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.nn.layout import Layout
+
+# Derivatives that need only the sign of the output, which dropout in place leaves alone where it matters.
+FROM_SIGN = frozenset({"relu", "leaky_relu", "identity"})
+PLANS_KEPT = 8  # row counts whose views are kept; a run has two or three
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """The shape of a network; `sizes` are the widths from input to logits."""
+
+    sizes: tuple[int, ...] = (784, 256, 10)
+    activation: str = "relu"
+    dropout: float = 0.0
+    layer_norm: bool = False
+    residual: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        """Number of weight layers. Local."""
+        return len(self.sizes) - 1
+
+    def layout(self) -> Layout:
+        """Return the layout of the parameters: per layer weight (out, in), bias, then its norm. Local."""
+        tensors = []
+        for layer, (d_in, d_out) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
+            tensors += [(f"layers.{layer}.weight", (d_out, d_in)), (f"layers.{layer}.bias", (d_out,))]
+            if self.layer_norm and layer < self.num_layers - 1:
+                tensors += [(f"norms.{layer}.weight", (d_out,)), (f"norms.{layer}.bias", (d_out,))]
+        return Layout(tensors)
+
+    def is_residual(self, layer: int) -> bool:
+        """Tell whether hidden `layer` adds its input to its output. Local."""
+        return self.residual and 0 < layer < self.num_layers - 1 and self.sizes[layer] == self.sizes[layer + 1]
+
+    def layer_params(self) -> list[int]:
+        """Return the number of parameters of each layer, its norm included. Local."""
+        counts = [0] * self.num_layers
+        for tensor in self.layout().tensors:
+            counts[int(tensor.name.split(".")[1])] += tensor.stop - tensor.start
+        return counts
+
+
+class Network:
+    """A network that owns its activations and works on one flat vector of parameters and one of gradients.
+
+    Local.
+
+    Parameters
+    ----------
+    spec : shape of the network.
+    ops : the arithmetic; all arrays live where it works.
+    max_rows : the greatest number of samples of one forward; may be 0.
+    params : (layout.size,) flat vector, or None for a new one of zeros. Only read here.
+    grads : (layout.size,) flat vector with zero padding, or None for one made at the first backward.
+    dtype : float32 or float64, for everything.
+
+    Notes
+    -----
+    `forward` keeps a reference to `x` and hands out views of its own buffers: the caller leaves `x` alone until
+    `backward` has returned, and has the logits until the next `forward`. Buffers for backward are made at the first
+    backward, so a network that only predicts never pays for them.
+    """
+
+    def __init__(self, spec: NetworkSpec, ops: Any, max_rows: int, params: Any = None, grads: Any = None,
+                 dtype: Any = np.float32) -> None:
+        assert len(spec.sizes) >= 2 and min(spec.sizes) > 0 and max_rows >= 0
+        self.spec, self.ops, self.max_rows, self.dtype = spec, ops, max_rows, np.dtype(dtype)
+        self.layout = spec.layout()
+        self.params = ops.zeros((self.layout.size,), dtype) if params is None else params
+        assert self.params.shape == (self.layout.size,) and self.params.dtype == self.dtype
+        self._grads = grads
+        self._views = self.layout.views(self.params)
+        self._kind = spec.activation
+        self._needs_pre = spec.activation in ops.NEEDS_PRE
+        self._buffers = [self._layer_buffers(layer) for layer in range(spec.num_layers)]
+        self._flow: list[Any] | None = None  # the shared buffers of activation gradients
+        self._extra: Any = None  # gradient of one layer of one micro-batch, when accumulating
+        self._forward_plans: dict[tuple[int, bool], list[tuple]] = {}
+        self._backward_plans: dict[tuple[int, bool, bool], list[tuple]] = {}
+        self._x: Any = None
+        self._dropped = False  # dropout acted in the last forward: its masks are valid
+        self._bounds = self._layer_bounds()
+
+    @property
+    def grads(self) -> Any:
+        """The flat gradient; its padding is zero. Local."""
+        if self._grads is None:
+            self._grads = self.ops.zeros((self.layout.size,), self.dtype)
+        return self._grads
+
+    def _layer_bounds(self) -> list[int]:
+        """Offsets of the layers in the flat vector, with the size at the end."""
+        weights = [t.start for t in self.layout.tensors if t.name.startswith("layers.") and t.name.endswith(".weight")]
+        return [*weights, self.layout.size]
+
+    def _widest(self) -> Any:
+        """A flat buffer for the widest hidden activation."""
+        return self.ops.empty((self.max_rows * max(self.spec.sizes[1:-1], default=0),), self.dtype)
+
+    def _cut(self, flat: Any, rows: int, layer: int) -> Any:
+        """View a flat buffer as the (rows, width) activations of hidden `layer`."""
+        width = self.spec.sizes[layer + 1]
+        return flat[:rows * width].reshape(rows, width)
+
+    def _layer_buffers(self, layer: int) -> dict[str, Any]:
+        """The arrays that a layer keeps from forward to backward, for `max_rows` rows.
+
+        `f` is the output of the activation function, `out` that of the layer; one array where backward allows it.
+        """
+        spec, shape = self.spec, (self.max_rows, self.spec.sizes[layer + 1])
+        new = dict.fromkeys(("f", "pre", "mask", "z", "mean", "rstd"))
+        new["out"] = self.ops.empty(shape, self.dtype)
+        if layer == spec.num_layers - 1:
+            return new
+        overwritten = spec.is_residual(layer) or (spec.dropout and self._kind not in FROM_SIGN)
+        new["f"] = self.ops.empty(shape, self.dtype) if overwritten and not self._needs_pre else new["out"]
+        if self._needs_pre:
+            new["pre"] = self.ops.empty(shape, self.dtype)
+        if spec.dropout:
+            new["mask"] = self.ops.empty(shape, np.bool_)
+        if spec.layer_norm:
+            new["z"] = self.ops.empty(shape, self.dtype)
+            new["mean"], new["rstd"] = (self.ops.empty((self.max_rows,), self.dtype) for _ in range(2))
+        return new
+
+    def _cut_layer(self, layer: int, rows: int, dropped: bool) -> dict[str, Any]:
+        """The buffers of a layer for `rows` rows; without dropout `out` may simply be `f`, and there is no mask."""
+        cut = {name: None if a is None else a[:rows] for name, a in self._buffers[layer].items()}
+        if not dropped:
+            cut["mask"] = None
+            if cut["f"] is not None and not self.spec.is_residual(layer):
+                cut["out"] = cut["f"]
+        return cut
+
+    def _plan_forward(self, rows: int, dropped: bool) -> list[tuple]:
+        """Per layer: what it reads and writes."""
+        plan = []
+        for layer in range(self.spec.num_layers):
+            cut = self._cut_layer(layer, rows, dropped)
+            norm = None
+            if cut["z"] is not None:
+                normed = cut["pre"] if self._needs_pre else cut["f"]
+                norm = (cut["z"], self._views[f"norms.{layer}.weight"], self._views[f"norms.{layer}.bias"], normed,
+                        cut["mean"], cut["rstd"])
+            plan.append((self._views[f"layers.{layer}.weight"], self._views[f"layers.{layer}.bias"], cut["out"],
+                         cut["f"], cut["pre"], norm, cut["mask"], self.spec.is_residual(layer), layer))
+        _remember(self._forward_plans, (rows, dropped), plan)
+        return plan
+
+    def forward(self, x: Any, training: bool = False, seed: int = 0, step: int = 0, first: int = 0) -> Any:
+        """Return the logits of `x`.
+
+        Local. Dropout acts only when `training`; its mask comes from (seed, step, layer, first + row) alone, so it does
+        not depend on how the global batch is cut over ranks and micro-batches.
+
+        Parameters
+        ----------
+        x : (n, sizes[0]) of the network's dtype, n <= max_rows, n = 0 included; must stay until `backward` returns.
+        first : place of x[0] in the global batch.
+
+        Returns
+        -------
+        logits : (n, sizes[-1]) view of a buffer of the network, valid until the next forward.
+        """
+        rows = x.shape[0]
+        assert rows <= self.max_rows, f"{rows} rows; this network was made for {self.max_rows}"
+        assert x.dtype == self.dtype and x.shape[1] == self.spec.sizes[0]
+        ops, kind, rate = self.ops, self._kind, self.spec.dropout
+        dropped = training and rate > 0.0
+        plan = self._forward_plans.get((rows, dropped)) or self._plan_forward(rows, dropped)
+        self._x, self._dropped = x, dropped
+        for w, b, out, f, pre, norm, mask, residual, layer in plan:
+            if f is None:
+                ops.linear(x, w, b, out)  # the last layer
+            elif norm is None:
+                ops.linear_activation(x, w, b, kind, f, pre)
+            else:
+                z, gamma, beta, normed, mean, rstd = norm
+                ops.linear(x, w, b, z)
+                ops.layer_norm(z, gamma, beta, normed, mean, rstd)
+                ops.activation(kind, normed, f)
+            if mask is not None:
+                ops.dropout_mask(mask, rate, seed, step, layer, first)
+                ops.dropout(f, mask, rate, out)
+                f = out
+            if residual:
+                ops.add(f, x, out)
+            x = out
+        return x
+
+    def _grad_views(self, layer: int, into: Any) -> dict[str, Any]:
+        """Views of `into`, the gradient of one layer, by the last two words of the tensor names: layers.weight, ..."""
+        start, stop = self._bounds[layer], self._bounds[layer + 1]
+        return {t.name.replace(f".{layer}.", "."): into[t.start - start:t.stop - start].reshape(t.shape)
+                for t in self.layout.tensors if start <= t.start < stop}
+
+    def _backward_buffers(self, add: bool) -> None:
+        """Make what only backward needs, once."""
+        spec, last = self.spec, self.spec.num_layers - 1
+        if self._flow is None:
+            any_residual = any(spec.is_residual(layer) for layer in range(last))
+            self._flow = [self._widest() for _ in range(3 if any_residual else min(last, 2))]
+        if add and self._extra is None:
+            longest = max(b - a for a, b in zip(self._bounds, self._bounds[1:], strict=False))
+            self._extra = self.ops.empty((longest,), self.dtype)
+
+    def _plan_backward(self, rows: int, add: bool, dropped: bool) -> list[tuple]:
+        """Per layer, last first: what it reads, where its gradients go, which shared buffers it uses."""
+        self._backward_buffers(add)
+        spec, last, flow = self.spec, self.spec.num_layers - 1, self._flow
+        plan, here = [], -1  # `here`: the shared buffer with the gradient of this layer's output
+        for layer in range(last, -1, -1):
+            start, stop = self._bounds[layer], self._bounds[layer + 1]
+            into = self._extra[:stop - start] if add else self.grads[start:stop]
+            grads = self._grad_views(layer, into)
+            hidden = None
+            dz_at = here
+            if layer < last:
+                if spec.is_residual(layer):
+                    dz_at = (here + 1) % len(flow)  # the residual sum still needs `dout`
+                cut = self._cut_layer(layer, rows, dropped)
+                norm = None
+                if cut["z"] is not None:
+                    norm = (cut["z"], self._views[f"norms.{layer}.weight"], cut["mean"], cut["rstd"],
+                            grads["norms.weight"], grads["norms.bias"])
+                hidden = (self._cut(flow[here], rows, layer), self._cut(flow[dz_at], rows, layer), cut["f"],
+                          cut["pre"], cut["mask"], norm, spec.is_residual(layer))
+            x = dx = None
+            if layer > 0:
+                here = (dz_at + 1) % len(flow)
+                x, dx = self._cut_layer(layer - 1, rows, dropped)["out"], self._cut(flow[here], rows, layer - 1)
+            sums = [(self.grads[t.start:t.stop], into[t.start - start:t.stop - start])
+                    for t in self.layout.tensors if add and start <= t.start < stop]
+            plan.append((hidden, x, self._views[f"layers.{layer}.weight"], grads["layers.weight"],
+                         grads["layers.bias"], dx, sums, start, stop))
+        _remember(self._backward_plans, (rows, add, dropped), plan)
+        return plan
+
+    def backward(self, dlogits: Any, on_closed: Callable[[int, int], None] | None = None, add: bool = False) -> None:
+        """Write the gradient of the last forward into `grads`, last layer first.
+
+        Local. `dlogits` is only read.
+
+        Parameters
+        ----------
+        dlogits : (n, sizes[-1]) gradient of the summed loss by the logits of the last `forward`.
+        on_closed : called as on_closed(start, stop) when grads[start:stop] is final: adjacent ranges from the end of
+            the vector to 0, padding included, which together cover it once.
+        add : add to `grads` instead of overwriting it (micro-batches after the first).
+        """
+        ops, kind, rate = self.ops, self._kind, self.spec.dropout
+        rows = dlogits.shape[0]
+        assert self._x is not None and self._x.shape[0] == rows, "backward follows a forward of the same rows"
+        key = (rows, add, self._dropped)
+        dout = dz = dlogits
+        for hidden, x, w, dw, db, dx, sums, start, stop in self._backward_plans.get(key) or self._plan_backward(*key):
+            residual = False
+            if hidden is None:
+                ops.column_sum(dz, db)
+            else:
+                dout, dz, f, pre, mask, norm, residual = hidden
+                da = dout
+                if mask is not None:
+                    ops.dropout(dout, mask, rate, dz)
+                    da = dz
+                if norm is None:
+                    ops.activation_backward(kind, da, f, pre, dz, db)
+                else:
+                    z, gamma, mean, rstd, dgamma, dbeta = norm
+                    ops.activation_backward(kind, da, f, pre, dz)
+                    ops.layer_norm_backward(dz, z, gamma, mean, rstd, dz, dgamma, dbeta)
+                    ops.column_sum(dz, db)
+            ops.linear_backward(dz, self._x if x is None else x, w, dw, dx)
+            if residual:
+                ops.add(dx, dout, dx)
+            for total, part in sums:
+                ops.add(total, part, total)
+            if on_closed is not None:
+                on_closed(start, stop)
+
+
+def _remember(plans: dict, key: Any, plan: list) -> None:
+    """Keep `plan`, and forget the oldest when there are too many."""
+    if len(plans) >= PLANS_KEPT:
+        del plans[next(iter(plans))]
+    plans[key] = plan

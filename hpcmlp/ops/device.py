@@ -1,0 +1,54 @@
+"""The device side of the arithmetic contract: the plain form over CuPy arrays, with the copies to and from the host."""
+
+import importlib
+
+from hpcmlp.errors import Unavailable
+from hpcmlp.ops.plain import PlainOps
+
+
+class DeviceOps(PlainOps):
+    """The operations on arrays of the module `xp`, which is CuPy except in tests.
+
+    Operations return as soon as they are queued; those that return a number, and `to_host`, wait for the device.
+    """
+
+    fused = False
+
+    def to_host(self, a, out):
+        if hasattr(a, "get"):
+            a.get(out=out)
+        else:
+            out[...] = a
+
+    def from_host(self, a, out):
+        if hasattr(out, "set"):
+            out.set(a)
+        else:
+            out[...] = a
+
+
+def open_device(local_rank: int) -> DeviceOps:
+    """Take the GPU for this local rank (ranks beyond the number of GPUs share them) and return its operations.
+
+    Local.
+
+    Raises Unavailable when CuPy is not installed, or finds no driver or no GPU.
+    """
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise Unavailable(
+            f"--device gpu needs CuPy, which cannot be imported ({error}); install the extra cuda12x or cuda13x, "
+            "or run with --device cpu"
+        ) from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise Unavailable(
+            f"--device gpu finds no usable CUDA driver on this node ({error}); run on a node with a GPU, "
+            "or with --device cpu"
+        ) from error
+    if count == 0:
+        raise Unavailable("--device gpu finds no GPU that this process may use; ask for one, or run with --device cpu")
+    cupy.cuda.Device(local_rank % count).use()
+    return DeviceOps(cupy)

@@ -1,0 +1,182 @@
+"""Time the parts of a step on this machine."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.comm import make_collective, messages
+from hpcmlp.comm.topology import Topology
+from hpcmlp.config import BenchConfig
+from hpcmlp.errors import ConfigError
+from hpcmlp.nn.initializers import initialize
+from hpcmlp.nn.losses import Loss
+from hpcmlp.nn.network import Network, NetworkSpec
+from hpcmlp.nn.optimizers import make_optimizer
+from hpcmlp.ops import open_ops
+from hpcmlp.sync.buckets import cut
+from hpcmlp.sync.step import Step
+from hpcmlp.sync.strategy import SlicedUpdate
+
+ROWS = 8192  # made-up samples a rank draws its batches from
+BUCKET_ELEMENTS = 1 << 23
+COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
+
+
+def main(config: BenchConfig, comm: Any) -> int:
+    """Time what `config` names. Collective over `comm`; returns 0."""
+    topology = Topology(comm)
+    result = {"step": time_step, "comm": time_comm, "gemm": time_gemm}[config.what](config, topology)
+    if comm.rank == 0:
+        print(json.dumps(result) if config.json else _table(result), flush=True)
+    topology.free()
+    return 0
+
+
+@dataclass
+class _Batch:
+    """A local batch in the form of `data.loader.Batch`."""
+
+    source: np.ndarray
+    index: np.ndarray
+    targets: np.ndarray
+    weights: None
+    first: int
+    global_rows: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.index)
+
+
+def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
+    """Return the median time of a whole step (gather, forward, backward, reduce, update, share) and of its GEMMs alone.
+
+    Collective.
+    """
+    rank, size, batch_rows = topology.rank, topology.size, config.global_batch_size
+    rows = (rank + 1) * batch_rows // size - rank * batch_rows // size
+    if len(config.sizes) < 2:
+        raise ConfigError(f"--sizes {config.sizes}: give at least two widths, input and output.")
+    ops = open_ops(config.device, topology.local_rank)
+    spec = NetworkSpec(tuple(config.sizes))
+    network = Network(spec, ops, max(rows, 1))
+    ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
+    layout = network.layout
+    closings = sorted((t.start for t in layout.tensors if t.name.endswith(".weight")), reverse=True)
+    strategy = SlicedUpdate(make_collective(config.sync, topology), cut(layout.size, closings, BUCKET_ELEMENTS, size),
+                            rank, size, network.params, network.grads, ops)
+    optimizer = make_optimizer(config.optimizer, ops, layout, strategy.ranges, np.float32)
+    step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows)
+    batches = _batches(spec.sizes, rows, rank)
+    counter = iter(range(1 << 40))
+    parts: dict[str, list[float]] = {"compute": [], "comm": []}
+
+    def whole_step() -> None:
+        number = next(counter)
+        result = step.run(batches[number % len(batches)], number, 1e-4)
+        parts["compute"].append(result.compute_s)
+        parts["comm"].append(result.comm_s)
+
+    gemms = _gemms(spec.sizes, rows)
+    for action in (whole_step, gemms):
+        _median(topology, action, max(3, config.steps // 10))
+    step_ms, floor_ms = [], []
+    for _ in range(5):  # alternating, so that a change of the machine's speed meets both
+        step_ms.append(_median(topology, whole_step, max(1, config.steps // 5)))
+        floor_ms.append(_median(topology, gemms, max(1, config.steps // 5)))
+    return {"what": "step", "sizes": list(spec.sizes), "global_batch_size": batch_rows, "ranks": size,
+            "sync": config.sync, "step_ms": statistics.median(step_ms), "floor_ms": statistics.median(floor_ms),
+            "parts": {name: 1e3 * statistics.median(values) for name, values in parts.items()},
+            "num_params": layout.num_params}
+
+
+def _batches(sizes: tuple[int, ...], rows: int, rank: int) -> list[_Batch]:
+    random = np.random.default_rng(rank)
+    source = random.standard_normal((ROWS, sizes[0]), dtype=np.float32)
+    labels = random.integers(0, sizes[-1], ROWS).astype(np.int32)
+    batches = []
+    for _ in range(16):
+        index = random.integers(0, ROWS, rows)
+        batches.append(_Batch(source, index, labels[index], None, 0, rows))
+    return batches
+
+
+def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
+    """Return a function that does only the matrix products of a step, on arrays of their own."""
+    random = np.random.default_rng(0)
+
+    def array(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, dtype=np.float32)
+
+    activations = [array(rows, width) for width in sizes]
+    weights = [array(b, a) for a, b in zip(sizes, sizes[1:], strict=False)]
+    gradients = [array(rows, width) for width in sizes]
+    dweights = [np.empty_like(w) for w in weights]
+
+    def run() -> None:
+        for x, w, out in zip(activations, weights, gradients[1:], strict=False):
+            np.matmul(x, w.T, out=out)
+        for layer in range(len(weights) - 1, -1, -1):
+            np.matmul(gradients[layer + 1].T, activations[layer], out=dweights[layer])
+            if layer:
+                np.matmul(gradients[layer + 1], weights[layer], out=gradients[layer])
+
+    return run
+
+
+def _median(topology: Topology, action: Callable[[], None], count: int) -> float:
+    """Return the median over `count` calls of the slowest rank's time, ms. Collective."""
+    times = np.empty(count)
+    messages.barrier(topology.comm)
+    for k in range(count):
+        begin = time.perf_counter()
+        action()
+        times[k] = time.perf_counter() - begin
+    messages.max_in_place(topology.comm, times)
+    return 1e3 * float(np.median(times))
+
+
+def time_gemm(config: BenchConfig, topology: Topology) -> dict[str, Any]:
+    """Return the rate of the matrix products of the network, every rank at once. Collective."""
+    rows = max(1, config.global_batch_size // topology.size)
+    gemms = _gemms(tuple(config.sizes), rows)
+    _median(topology, gemms, 3)
+    ms = _median(topology, gemms, config.steps)
+    pairs = list(zip(config.sizes, config.sizes[1:], strict=False))
+    flops = sum(6 * rows * a * b for a, b in pairs) - 2 * rows * pairs[0][0] * pairs[0][1]
+    return {"what": "gemm", "sizes": list(config.sizes), "rows": rows, "ranks": topology.size, "ms": ms,
+            "gflops_per_rank": flops / ms / 1e6}
+
+
+def time_comm(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
+    """Return the time of an all-reduce for each algorithm and size. Collective."""
+    rows = []
+    for num_bytes in COMM_BYTES:
+        array = np.ones(num_bytes // 4, np.float32)
+        count = max(5, min(config.steps, int(2e8 / max(num_bytes, 2e5))))
+        for algorithm in ("ring", "native"):
+            collective = make_collective(algorithm, topology)
+
+            def action(collective: Any = collective, array: np.ndarray = array) -> None:
+                collective.all_reduce(array)
+                array *= np.float32(1.0 / topology.size)
+
+            _median(topology, action, 3)
+            us = 1e3 * _median(topology, lambda c=collective, a=array: c.all_reduce(a), count)
+            array[:] = 1.0
+            rows.append({"algorithm": algorithm, "bytes": num_bytes, "ranks": topology.size, "us": us,
+                         "gb_per_s": num_bytes / us / 1e3})
+    return rows
+
+
+def _table(result: dict[str, Any] | list[dict[str, Any]]) -> str:
+    rows = result if isinstance(result, list) else [result]
+    names = list(rows[0])
+    cells = [names, *([f"{r[n]:.3f}" if isinstance(r[n], float) else str(r[n]) for n in names] for r in rows)]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(names))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in cells)

@@ -1,0 +1,446 @@
+"""Train a network on all ranks and keep everything needed to use or resume it."""
+
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+import hpcmlp
+from hpcmlp.comm import make_collective, messages
+from hpcmlp.comm.agreement import agreed
+from hpcmlp.comm.topology import Topology
+from hpcmlp.config import TrainConfig, flag, to_toml
+from hpcmlp.data.loader import Loader
+from hpcmlp.data.manifest import Manifest, read_manifest
+from hpcmlp.errors import ConfigError, DataError, RunFailed, StoppedAndSaved
+from hpcmlp.nn.initializers import initialize
+from hpcmlp.nn.losses import Loss, balanced_class_weights, default_loss
+from hpcmlp.nn.network import Network, NetworkSpec
+from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
+from hpcmlp.nn.schedules import Schedule
+from hpcmlp.ops import open_ops
+from hpcmlp.run import checkpoint
+from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, replica_error, versions
+from hpcmlp.run.curves import draw_curves
+from hpcmlp.run.directory import RunDirectory, check_same_run, to_json
+from hpcmlp.run.evaluation import evaluate_split
+from hpcmlp.run.faults import planned_fault
+from hpcmlp.run.session import Session
+from hpcmlp.run.signals import StopFlag
+from hpcmlp.sync.buckets import cut
+from hpcmlp.sync.step import Step, StepResult
+from hpcmlp.sync.strategy import make_strategy
+
+# Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes.
+FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
+                  "keep", "log_every", "print_every", "progress", "test", "device", "sync", "full_update", "bucket_mb",
+                  "replica_check_every", "verify", "time_limit"}
+DEFAULT_EPOCHS = 10
+SCHEDULE_OPTIONS = {"constant": (), "step": ("step_size", "gamma"), "exponential": ("gamma",), "cosine": ("min_lr",),
+                    "one_cycle": ()}
+EVALUATION_ROWS = 1024
+MOST_SKIPS = 10  # consecutive updates skipped for numbers that are not finite
+HIGHER_IS_BETTER = ("accuracy", "top", "auc", "f1", "precision", "recall", "r2")
+
+
+def main(config: TrainConfig, comm: Any) -> int:
+    """Train as `config` says. Collective over `comm`; returns 0, or raises HpcmlpError."""
+    topology = Topology(comm)
+    with agreed(comm):
+        manifest = read_manifest(config.data)
+        check_fits(config, manifest)
+    check_alike(comm, {**asdict(config), "data set": manifest.digest(), **versions()})
+    directory = None
+    with agreed(comm):
+        if comm.rank == 0:
+            directory = RunDirectory(config.out, config.resume)
+    try:
+        return Training(config, topology, manifest, directory).run()
+    finally:
+        if directory is not None:
+            directory.release()
+        topology.free()
+
+
+def check_fits(config: TrainConfig, manifest: Manifest) -> None:
+    """Raise ConfigError or DataError when the options cannot work with the data set. Local."""
+    if config.epochs is not None and config.steps is not None:
+        raise ConfigError("both --epochs and --steps are given; give one of them.")
+    if manifest.rows("train") == 0:
+        raise DataError(f"{config.data}: the data set has no training rows; prepare it with more rows or smaller "
+                        "--val-fraction and --test-fraction.")
+    if config.early_stopping is not None and manifest.rows("val") == 0:
+        raise ConfigError("--early-stopping needs validation rows; prepare the data set with --val-fraction above 0.")
+
+
+def chosen(config: TrainConfig, owner: str, own: Iterable[str], table: dict[str, Iterable[str]]) -> dict[str, Any]:
+    """Return the options named in `own` that were given; one given that only others of `table` have is an error.
+
+    Local. Raises ConfigError: a setting that cannot take effect is never passed over in silence.
+    """
+    every = {name for names in table.values() for name in names if hasattr(config, name)}
+    given = {name: getattr(config, name) for name in every if getattr(config, name) not in (None, False)}
+    odd = sorted(set(given) - set(own))
+    if odd:
+        users = [key for key, names in table.items() if odd[0] in names]
+        raise ConfigError(f"{flag(odd[0])} has no effect with {owner}; it belongs to {', '.join(users)}.")
+    return given
+
+
+def make_loss(config: TrainConfig, manifest: Manifest) -> Loss:
+    """Return the loss that the options and the task ask for. Local; raises ConfigError when they do not go together."""
+    kind = default_loss(manifest.task) if config.loss == "auto" else config.loss
+    options: dict[str, Any] = {}
+    if kind == "softmax_cross_entropy":
+        options["label_smoothing"] = config.label_smoothing
+        options["class_weights"] = class_weights(config.class_weights, manifest)
+    elif config.label_smoothing or config.class_weights != "none":
+        raise ConfigError(f"--label-smoothing and --class-weights act on softmax_cross_entropy only, not on {kind}.")
+    if kind == "huber":
+        options["delta"] = config.huber_delta
+    if kind == "quantile":
+        options["quantiles"] = tuple(config.quantiles)
+    return Loss(kind, **options)
+
+
+def class_weights(text: str, manifest: Manifest) -> tuple[float, ...] | None:
+    """Return one weight per class for 'none', 'balanced' or a comma-separated list. Local; raises ConfigError."""
+    if text == "none":
+        return None
+    if text == "balanced":
+        return balanced_class_weights(manifest.class_counts["train"])
+    try:
+        weights = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != len(manifest.classes or ()) or not all(0 <= w < float("inf") for w in weights):
+        raise ConfigError(f"--class-weights {text!r}: give 'none', 'balanced' or {len(manifest.classes or ())} numbers "
+                          "of at least 0, comma-separated.")
+    return weights
+
+
+class Training:
+    """One run: its parts, planned once, and the loop over the steps.
+
+    Collective over `topology.comm`. `directory` is None on all ranks but 0.
+    """
+
+    def __init__(self, config: TrainConfig, topology: Topology, manifest: Manifest, directory: RunDirectory | None):
+        self.config, self.topology, self.comm, self.manifest = config, topology, topology.comm, manifest
+        self.directory = directory
+        self.console = Console(topology.rank == 0, config.progress)
+        with agreed(self.comm):
+            self.loader = self._loader("train")
+            self.val = self._loader("val") if manifest.rows("val") else None
+            self.ops = open_ops(config.device, topology.local_rank)
+            self.loss = make_loss(config, manifest)
+            self.spec = NetworkSpec((manifest.num_features, *config.hidden,
+                                     self.loss.num_outputs(manifest.task, manifest.num_outputs)),
+                                    config.activation, config.dropout, config.layer_norm, config.residual)
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
+        self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
+        self.schedule = self._schedule()
+        self._plan_step()
+        self.monitor = config.monitor if config.monitor != "auto" else \
+            ("accuracy" if manifest.task == "classification" else "loss")
+        self._spent = {"compute": 0.0, "comm": 0.0, "input": 0.0}
+        self._step_times: list[float] = []
+        self._save_s = 0.0
+        self._judge: Network | None = None  # evaluates parameters that are not the live ones
+
+    def _loader(self, split: str) -> Loader:
+        c = self.config
+        limit = None if c.memory_limit is None else int(c.memory_limit * 2**20)
+        return Loader(c.data, self.manifest, split, self.topology.rank, self.topology.size,
+                      c.global_batch_size if split == "train" else None, seed=c.seed, memory_limit=limit,
+                      verify=c.verify)
+
+    def _schedule(self) -> Schedule:
+        c = self.config
+        options = chosen(c, f"--schedule {c.schedule}", SCHEDULE_OPTIONS[c.schedule], SCHEDULE_OPTIONS)
+        if c.schedule == "exponential":
+            options["interval"] = self.steps_per_epoch
+        return Schedule(c.schedule, c.lr, self.total_steps, c.warmup_steps, **options)
+
+    def _plan_step(self) -> None:
+        """Make the network, the strategy, the optimizer and every buffer of the step."""
+        c, m, ops, topology = self.config, self.manifest, self.ops, self.topology
+        rows = -(-self.loader.local_rows_max // c.accumulate)
+        self.network = Network(self.spec, ops, max(rows, min(EVALUATION_ROWS, self.manifest.rows("val"))))
+        layout = self.network.layout
+        ops.from_host(self._initial_parameters(), self.network.params)
+        closings = sorted((t.start for t in layout.tensors if t.name.startswith("layers.") and
+                           t.name.endswith(".weight")), reverse=True)
+        buckets = cut(layout.size, closings, int(c.bucket_mb * 2**20) // 4, topology.size)
+        self.strategy = make_strategy(c.full_update)(make_collective(c.sync, topology), buckets, topology.rank,
+                                                     topology.size, self.network.params, self.network.grads, ops)
+        hyper = chosen(c, f"--optimizer {c.optimizer}", HYPER[c.optimizer], HYPER)
+        optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **hyper)
+        average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
+        if average is not None:
+            average.start(self.network.params)
+        self.session = Session(self.comm, self.network, self.strategy, optimizer, average)
+        self.step = Step(self.network, self.loss, optimizer, self.strategy, ops, rows=self.loader.local_rows_max,
+                         micro_batches=c.accumulate, shift=self._on_device(m.load_shift),
+                         scale=self._on_device(m.load_scale), clip_norm=c.clip_norm, seed=c.seed, average=average)
+
+    def _on_device(self, values: list[float] | None) -> Any:
+        """Return float32 `values` where the arithmetic runs."""
+        if values is None:
+            return None
+        array = self.ops.empty((len(values),), np.float32)
+        self.ops.from_host(np.array(values, np.float32), array)
+        return array
+
+    def _initial_parameters(self) -> np.ndarray:
+        """Rank 0 draws the initial parameters and gives them out."""
+        layout = self.spec.layout()
+        flat = np.empty(layout.size, np.float32)
+        if self.topology.rank == 0:
+            flat[...] = initialize(self.spec, self.config.seed, self.config.initializer, np.float32)
+        messages.broadcast(self.comm, flat)
+        return flat
+
+    # ---- the run
+
+    def run(self) -> int:
+        """Run from the start or the newest checkpoint to the end; return the exit code 0."""
+        self._started = time.monotonic()
+        restored = self._restore() if self.config.resume else False
+        self._open(restored)
+        limit = None if self.config.time_limit is None else 60.0 * self.config.time_limit
+        with StopFlag(limit) as flag:
+            try:
+                self._loop(flag)
+            finally:
+                self.console.close()
+        self._finish()
+        return 0
+
+    def _restore(self) -> bool:
+        def check(meta: dict[str, Any]) -> None:
+            if meta["dataset_digest"] != self.manifest.digest():
+                raise ConfigError(f"--resume with other data: {self.config.data} is not the data set that the run "
+                                  f"started with ({meta['data']}); give that one, or another --out.")
+            check_same_run(meta["config"], _listed(asdict(self.config)), FREE_ON_RESUME)
+
+        found, notes = self.session.restore(self.config.out, check)
+        for note in notes:
+            self.console.line(f"warning: {note} An older checkpoint is used.")
+        return found
+
+    def _open(self, restored: bool) -> None:
+        step = self.session.progress.step
+        with agreed(self.comm):
+            if self.directory is not None:
+                self.directory.open_log(step if restored else None)
+                self.directory.write("config.toml", to_toml(self.config))
+                if restored:
+                    self._log({"kind": "event", "event": "resume", "step": step, "ranks": self.topology.size})
+        self.console.line(header(self._header()))
+        if restored:
+            self.console.line(f"resumed at step {step} of {self.total_steps}")
+
+    def _header(self) -> list[tuple[str, str]]:
+        c, m, t = self.config, self.manifest, self.topology
+        cores = len(os.sched_getaffinity(0))
+        threads = os.environ.get("OPENBLAS_NUM_THREADS", "default")
+        library = MPI.Get_library_version().split("\n")[0].strip(" \0").replace("MPICH Version:", "MPICH").split(",")[0]
+        rows = ", ".join(f"{m.rows(s):,} {s}" for s in m.splits)
+        width = " ".join(library.split())
+        return [("hpcmlp", hpcmlp.__version__),
+                ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}; {cores} cores and {threads} BLAS "
+                          f"thread(s) for rank 0"),
+                ("MPI", f"{width}, sync {c.sync}{' (whole update)' if c.full_update else ''}"),
+                ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
+                                       if c.device == "cpu" else "")),
+                ("data", f"{m.name}: {rows} rows of {m.num_features} features, {m.task}, {self.loader.mode}"),
+                ("network", f"{'-'.join(map(str, self.spec.sizes))} {c.activation}, "
+                            f"{self.network.layout.num_params:,} parameters, {self.loss.kind}"),
+                ("training", f"{c.optimizer} lr {c.lr:g} {c.schedule}, global batch {c.global_batch_size}, "
+                             f"{self.total_steps:,} steps ({self.steps_per_epoch} an epoch)")]
+
+    def _loop(self, flag: StopFlag) -> None:
+        """The steps of the run, each as the design's section 3 has it."""
+        c, progress, skips = self.config, self.session.progress, 0
+        fault = planned_fault(self.topology.rank)
+        for number in range(progress.step, self.total_steps):
+            begin = time.perf_counter()
+            epoch, t = divmod(number, self.steps_per_epoch)
+            batch = self.loader.batch(epoch, t)
+            loaded = time.perf_counter()
+            if fault is not None:
+                fault.strike(number, self.network.params)
+            log = (number + 1) % c.log_every == 0
+            check = c.replica_check_every > 0 and number % c.replica_check_every == 0
+            result = self.step.run(batch, number, self.schedule.lr(number), stop=flag.poll(2 * self._save_s),
+                                   check=check, want_norm=log)
+            if not result.replicas_agree:
+                raise replica_error(self.comm, self.ops.checksum(self.network.params), number)
+            skips = skips + 1 if result.skipped else 0
+            self._account(result, number, epoch, loaded - begin, time.perf_counter() - begin, log)
+            if skips >= MOST_SKIPS:
+                raise _alike(RunFailed(f"{skips} steps in a row, the last at step {number + 1}, had a loss or gradient "
+                                       "that is not finite; lower --lr, add --warmup-steps or --clip-norm, or check "
+                                       "the data."))
+            ended = self._end_epoch(epoch) if t == self.steps_per_epoch - 1 else False
+            last = ended or number + 1 == self.total_steps
+            every = c.checkpoint_every or self.steps_per_epoch
+            if last or result.stop or (number + 1) % every == 0:
+                self._save()
+            if result.stop and not last:
+                reason = flag.reason or "a signal on another rank"
+                raise _alike(StoppedAndSaved(f"stopped by {reason} after step {number + 1} of {self.total_steps}; all "
+                                             f"is saved in {c.out}: run the same command with --resume to go on."))
+            if ended:
+                break
+
+    def _account(self, result: StepResult, number: int, epoch: int, input_s: float, step_s: float, log: bool) -> None:
+        """Count a finished step, and log it where it is due."""
+        progress = self.session.progress
+        progress.step = number + 1
+        for name, seconds in (("compute", result.compute_s), ("comm", result.comm_s), ("input", input_s)):
+            self._spent[name] += seconds
+        self._step_times.append(step_s)
+        if result.skipped:
+            progress.skipped += 1
+            self._log({"kind": "event", "event": "skipped update", "step": number + 1,
+                       "reason": "loss or gradient not finite"})
+        else:
+            progress.loss_sum += result.loss * result.weight
+            progress.weight_sum += result.weight
+        if log:
+            self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": result.loss,
+                       "lr": self.schedule.lr(number), "grad_norm": result.grad_norm,
+                       "samples_per_s": result.rows / step_s, "compute_s": result.compute_s,
+                       "comm_s": result.comm_s, "input_s": input_s})
+        every = self.config.print_every
+        if every and (number + 1) % every == 0:
+            self.console.line("Step %d, loss = %.2f" % (number + 1, result.loss))
+        self.console.progress(number + 1, self.total_steps, result.loss)
+
+    def _end_epoch(self, epoch: int) -> bool:
+        """Validate, print and log the epoch; return whether early stopping ends the run."""
+        c, progress = self.config, self.session.progress
+        train_loss = progress.loss_sum / progress.weight_sum if progress.weight_sum else float("nan")
+        progress.loss_sum = progress.weight_sum = 0.0
+        val: dict[str, Any] = {}
+        if self.val is not None and ((epoch + 1) % c.validate_every == 0 or progress.step == self.total_steps):
+            val = self._validate()
+        steps = self._step_times[-self.steps_per_epoch:]
+        rate = self.manifest.rows("train") * len(steps) / self.steps_per_epoch / sum(steps)
+        self.console.line(epoch_line(epoch + 1, None if c.steps is not None else self.total_steps //
+                                     self.steps_per_epoch, train_loss, val, rate, self._spent))
+        self._log({"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "train_loss": train_loss, "val": val,
+                   "samples_per_s": rate, "seconds": dict(self._spent)})
+        self._spent = dict.fromkeys(self._spent, 0.0)
+        if c.early_stopping is not None and progress.worse >= c.early_stopping:
+            self.console.line(f"stopped early: {self.monitor} has not improved in {progress.worse} validations")
+            self._log({"kind": "event", "event": "early stop", "step": progress.step})
+            return True
+        return False
+
+    def _validate(self) -> dict[str, Any]:
+        """Evaluate the validation rows with the usable parameters and keep them when they are the best so far."""
+        usable, progress = self.session.usable(), self.session.progress
+        val = self._evaluate(self.val, usable)
+        if self.monitor not in val:
+            raise _alike(ConfigError(f"--monitor {self.monitor!r} is not a validation metric of this run; legal: "
+                                     f"{', '.join(sorted(val))}."))
+        value = val[self.monitor]
+        sign = -1.0 if self.monitor.startswith(HIGHER_IS_BETTER) else 1.0
+        if progress.best_value is None or sign * value < sign * progress.best_value:
+            progress.best_value, progress.best_step, progress.best_val = value, progress.step, val
+            progress.worse = 0
+            self.session.keep_best(usable)
+        else:
+            progress.worse += 1
+        return val
+
+    def _evaluate(self, loader: Loader, flat: np.ndarray) -> dict[str, Any]:
+        """Return the metrics of the host parameters `flat`; the live parameters stay as they are."""
+        network = self.network
+        if flat is not network.params:
+            if self._judge is None:
+                rows = min(EVALUATION_ROWS, max(self.manifest.rows("val"), self.manifest.rows("test")))
+                self._judge = Network(self.spec, self.ops, rows)
+            network = self._judge
+            self.ops.from_host(flat, network.params)
+        return evaluate_split(network, self.ops, self.loss, loader, self.comm, self.manifest, full=False)
+
+    def _save(self) -> None:
+        """Save a checkpoint on rank 0; a failure to write ends all ranks alike."""
+        begin = time.perf_counter()
+        self.session.progress.seconds += time.monotonic() - self._started
+        self._started = time.monotonic()
+        state = self.session.capture(self._meta())
+        with agreed(self.comm):
+            if self.directory is not None:
+                path = checkpoint.save(self.config.out, state.meta["step"], state, self.config.keep)
+                self._log({"kind": "event", "event": "saved", "step": state.meta["step"], "checkpoint": path.name})
+        self._save_s = time.perf_counter() - begin
+
+    def _meta(self) -> dict[str, Any]:
+        m = self.manifest
+        model = {name: getattr(m, name) for name in ("task", "classes", "target_names", "feature_names", "x_dtype",
+                                                     "preprocessing", "load_shift", "load_scale", "target_shift",
+                                                     "target_scale")}
+        return {"config": _listed(asdict(self.config)), "network": asdict(self.spec), "loss": self.loss.metadata(),
+                "data": os.path.abspath(self.config.data), "dataset_digest": m.digest(), "versions": versions(),
+                "model": {**model, "preprocessing_digest": m.preprocessing_digest()}}
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.directory is not None:
+            self.directory.log(record)
+
+    def _finish(self) -> None:
+        """Evaluate the test split with the best parameters, write the summary and the curves."""
+        c, progress = self.config, self.session.progress
+        flat = self.session.usable() if self.session.best is None else self.strategy.whole(self.session.best)
+        test: dict[str, Any] = {}
+        if c.test and self.manifest.rows("test"):
+            with agreed(self.comm):
+                loader = self._loader("test")
+            test = self._evaluate(loader, flat)
+            self.console.line("test " + "  ".join(f"{k} {v:.4f}" for k, v in test.items() if isinstance(v, float)))
+        with agreed(self.comm):
+            if self.directory is not None:
+                self._write_summary(flat, test)
+        if self.topology.rank == 0:
+            self.console.line(f"finished {progress.step} steps in {progress.seconds:.1f} s; run directory {c.out}")
+
+    def _write_summary(self, flat: np.ndarray, test: dict[str, Any]) -> None:
+        c, progress, layout = self.config, self.session.progress, self.network.layout
+        median = statistics.median(self._step_times) if self._step_times else 0.0
+        note = draw_curves([Path(c.out)], Path(c.out) / "curves.png")
+        if note:
+            self.console.line(note)
+        self.directory.write("summary.json", to_json(
+            {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
+             "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": c.sync, "device": c.device,
+             "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
+             "skipped_updates": progress.skipped, "parameters_sha256": layout.sha256(flat),
+             "num_params": layout.num_params,
+             "samples_per_s": min(c.global_batch_size, self.manifest.rows("train")) / median if median else None,
+             "step_s": median, "wall_s": progress.seconds, "versions": versions()}) + "\n")
+
+
+def _listed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values as JSON would give them back: tuples as lists."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def _alike(error: Exception) -> Exception:
+    """Mark an error that all ranks raise from the same facts."""
+    error.agreed = True
+    return error
+
+
+assert {f.name for f in fields(TrainConfig)} >= FREE_ON_RESUME, "FREE_ON_RESUME names options"

@@ -1,0 +1,102 @@
+"""Rank 0's second job: equal starts on all ranks, checks of the replicas, log, console and checkpoints."""
+
+import json
+import platform
+import sys
+from typing import Any
+
+import h5py
+import numpy as np
+
+import hpcmlp
+from hpcmlp.comm import messages
+from hpcmlp.errors import ConfigError, RunFailed
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide results: hpcmlp, Python, NumPy, h5py, HDF5, machine. Local."""
+    return {"hpcmlp": hpcmlp.__version__, "python": platform.python_version(), "numpy": np.__version__,
+            "h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version, "machine": platform.machine()}
+
+
+def check_alike(comm: Any, facts: dict[str, Any]) -> None:
+    """Raise the same ConfigError on all ranks when `facts` (JSON-able) differ between them.
+
+    Collective over `comm`. The sentence names the first rank that differs from rank 0, and how.
+    """
+    gathered = [json.loads(b) for b in messages.all_gather_bytes(comm, json.dumps(facts, sort_keys=True).encode())]
+    for rank, other in enumerate(gathered):
+        odd = [f"{key} is {other.get(key)!r} there and {value!r} on rank 0" for key, value in gathered[0].items()
+               if other.get(key) != value]
+        if odd:
+            error = ConfigError(f"rank {rank} differs from rank 0: {'; '.join(odd)}; start all ranks with the same "
+                                "installation and options.")
+            error.agreed = True
+            raise error
+
+
+def replica_error(comm: Any, checksum: int, step: int) -> RunFailed:
+    """Return the error that names the rank whose parameters drifted. Collective over `comm`."""
+    own = np.array([checksum], dtype=np.int64)
+    all_sums = [int(np.frombuffer(b, np.int64)[0]) for b in messages.all_gather_bytes(comm, own.tobytes())]
+    common = max(set(all_sums), key=all_sums.count)
+    odd = [str(rank) for rank, value in enumerate(all_sums) if value != common]
+    error = RunFailed(f"replicas drifted: at step {step} the parameters of rank {', '.join(odd)} differ from the "
+                      "others'; suspect that rank's memory, and go on from the last checkpoint with --resume.")
+    error.agreed = True
+    return error
+
+
+class Console:
+    """What people see: one header, one line per epoch, a progress bar on a terminal only.
+
+    Local. Only rank 0 has `speaks` True; the others' calls do nothing.
+    """
+
+    def __init__(self, speaks: bool, progress: bool):
+        self.speaks = speaks
+        self._bar = self._make_bar() if speaks and progress and sys.stdout.isatty() else None
+
+    @staticmethod
+    def _make_bar() -> Any:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return None
+        return tqdm(unit="step", leave=False, dynamic_ncols=True, file=sys.stdout)
+
+    def line(self, text: str) -> None:
+        """Print one line; standard output is flushed, since it is often a pipe. Local."""
+        if not self.speaks:
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, flush=True)
+
+    def progress(self, step: int, total: int, loss: float) -> None:
+        """Move the progress bar. Local."""
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Take the progress bar away. Local."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def header(rows: list[tuple[str, str]]) -> str:
+    """Return the header of a run: aligned names and values. Local."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def epoch_line(epoch: int, epochs: int | None, train_loss: float, val: dict[str, Any], samples_per_s: float,
+               seconds: dict[str, float]) -> str:
+    """Return the console line of one epoch. Local. `seconds`: compute, comm, input of this rank."""
+    total = sum(seconds.values()) or 1.0
+    share = " ".join(f"{name} {100 * s / total:.0f} %" for name, s in seconds.items())
+    metrics = "".join(f"  val {name} {value:.4f}" for name, value in val.items() if isinstance(value, float))
+    of = f"/{epochs}" if epochs else ""
+    return f"epoch {epoch:>3}{of}  train loss {train_loss:.4f}{metrics}  {samples_per_s:,.0f} samples/s  {share}"

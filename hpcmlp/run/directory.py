@@ -1,0 +1,173 @@
+"""A run directory: who uses it (lock), the log of metrics, the resolved options, the final summary."""
+
+import json
+import math
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from hpcmlp.data.files import write_atomically, write_failure
+from hpcmlp.errors import CannotWrite, ConfigError
+from hpcmlp.run import checkpoint
+
+_STALE_S = 300.0
+_BEAT_S = 20.0
+
+
+def to_json(value: Any) -> str:
+    """Return one line of strict JSON; numbers that are not finite become null. Local."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+class RunDirectory:
+    """The run directory as the one rank sees it that writes there (rank 0).
+
+    Local. Claims the directory with a `lock` file (O_EXCL; host, process, job, time of the last sign of life), so that
+    two runs never write into one directory. A lock is taken over when its process is dead on this host, when it
+    belongs to this SLURM job, or when it gave no sign of life for five minutes.
+
+    Raises
+    ------
+    CannotWrite : the directory is in use, cannot be written, or holds a run while `resume` is False.
+    """
+
+    def __init__(self, path: str | os.PathLike, resume: bool):
+        self.path = Path(path)
+        self._claim()
+        self._log = None
+        try:
+            if not resume and (checkpoint.list_checkpoints(self.path) or (self.path / "summary.json").exists()):
+                raise CannotWrite(f"{self.path}: holds a run already; give --resume to go on with it, or another "
+                                  "--out.")
+            checkpoint.remove_leftovers(self.path)
+        except BaseException:
+            self.release()
+            raise
+
+    def _claim(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CannotWrite(f"{self.path}: cannot make this run directory ({error.strerror}).") from None
+        mine = to_json({"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"),
+                        "since": time.time()})
+        for _ in range(2):
+            try:
+                handle = os.open(self._lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+            except FileExistsError:
+                self._take_over()
+                continue
+            except OSError as error:
+                raise CannotWrite(f"{self.path}: cannot write in this run directory ({error.strerror}).") from None
+            try:
+                os.write(handle, mine.encode() + b"\n")
+            except OSError as error:
+                self._lock.unlink(missing_ok=True)
+                raise CannotWrite(write_failure(self._lock, error, len(mine))) from None
+            finally:
+                os.close(handle)
+            self._beat = time.monotonic()
+            return
+        raise CannotWrite(f"{self.path}: another run took this directory just now; name another --out.")
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / "lock"
+
+    def _take_over(self) -> None:
+        """Remove a stale lock, or raise CannotWrite saying who is here."""
+        try:
+            age = time.time() - self._lock.stat().st_mtime
+            owner = json.loads(self._lock.read_bytes()[:4096])
+            host, pid, job = str(owner["host"]), int(owner["pid"]), owner.get("job")
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError):
+            host, pid, job = "?", -1, None
+            age = age if "age" in locals() else 0.0
+        here = host == socket.gethostname()
+        stale = (here and not _alive(pid)) or age > _STALE_S or \
+            (job is not None and job == os.environ.get("SLURM_JOB_ID") and not (here and _alive(pid)))
+        if not stale:
+            of_job = f"job {job} on " if job else ""
+            raise CannotWrite(f"{self.path}: in use by {of_job}{host}, pid {pid}, last sign of life {age:.0f} s ago; "
+                              "end that run or name another --out.")
+        self._lock.unlink(missing_ok=True)
+
+    def sign_of_life(self) -> None:
+        """Renew the lock's time, at most every 20 seconds. Local."""
+        if time.monotonic() - self._beat > _BEAT_S:
+            self._beat = time.monotonic()
+            try:
+                os.utime(self._lock)
+            except OSError:
+                pass  # somebody removed it; the run itself is not in danger
+
+    def open_log(self, restored_step: int | None) -> None:
+        """Open metrics.jsonl for appending; lines past `restored_step` are dropped (all lines when it is None). Local.
+        """
+        path = self.path / "metrics.jsonl"
+        kept = b""
+        if restored_step is not None and path.exists():
+            kept = b"".join(line for line in path.read_bytes().splitlines(keepends=True)
+                            if line.endswith(b"\n") and _step_of(line) <= restored_step)
+        write_atomically(path, kept)
+        self._log = open(path, "ab", buffering=0)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl as one whole line. Local; raises CannotWrite."""
+        line = to_json(record).encode() + b"\n"
+        try:
+            self._log.write(line)
+        except OSError as error:
+            raise CannotWrite(write_failure(self.path / "metrics.jsonl", error, len(line))) from None
+        self.sign_of_life()
+
+    def write(self, name: str, text: str) -> None:
+        """Write the file `name` of the run directory atomically. Local; raises CannotWrite."""
+        write_atomically(self.path / name, text.encode())
+
+    def release(self) -> None:
+        """Close the log and give up the lock. Local."""
+        if getattr(self, "_log", None):
+            self._log.close()
+        self._lock.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    """Return whether a process `pid` exists on this host."""
+    try:
+        os.kill(pid, 0 * signal.SIGTERM)
+    except (ProcessLookupError, OverflowError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line).get("step", -1))
+    except (ValueError, AttributeError, TypeError):
+        return math.inf
+
+
+def check_same_run(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> None:
+    """Raise ConfigError listing (key, old, new) where two resolved configurations differ outside `free`. Local."""
+    odd = [f"{key} was {old.get(key)!r} and is {value!r}" for key, value in new.items()
+           if key not in free and old.get(key) != value]
+    if odd:
+        raise ConfigError(f"--resume with other options: {'; '.join(odd)}; give the old values, or another --out.")

@@ -1,0 +1,57 @@
+"""Faults on purpose, for tests: HPCMLP_FAULT="rank=1,step=40,act=kill" in the environment.
+
+`rank` and `step` select where; without them every rank, every step. `act` is one of: kill, stop (SIGSTOP), spin (for
+ever), sleep:SECONDS, raise, exit:CODE, flip (one bit of the parameters). Unset, it costs one `is None` a step.
+"""
+
+import os
+import signal
+import time
+from typing import Any
+
+from hpcmlp.errors import ConfigError
+
+
+class Fault:
+    """One planned fault of this rank."""
+
+    def __init__(self, step: int | None, act: str):
+        self.step = step
+        self.act, _, self.argument = act.partition(":")
+
+    def strike(self, step: int, params: Any) -> None:
+        """Do the fault when its step has come. Local."""
+        if self.step is not None and step != self.step:
+            return
+        if self.act in ("kill", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if self.act == "kill" else signal.SIGSTOP)
+        elif self.act == "sleep":
+            time.sleep(float(self.argument))
+        elif self.act == "raise":
+            raise RuntimeError(f"fault on purpose at step {step}")
+        elif self.act == "exit":
+            os._exit(int(self.argument))
+        elif self.act == "flip":
+            params.view("uint32")[0] ^= 1
+        elif self.act == "spin":
+            while True:
+                pass
+
+
+ACTS = ("kill", "stop", "spin", "sleep", "raise", "exit", "flip")
+
+
+def planned_fault(rank: int) -> Fault | None:
+    """Return the fault that the environment plans for `rank`, or None. Local; raises ConfigError."""
+    text = os.environ.get("HPCMLP_FAULT")
+    if not text:
+        return None
+    try:
+        words = dict(word.split("=", 1) for word in text.split(","))
+        step = int(words["step"]) if "step" in words else None
+        own = int(words.get("rank", rank)) == rank
+        if words["act"].split(":")[0] not in ACTS:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ConfigError(f"HPCMLP_FAULT = {text!r}: give rank=R,step=N,act=A with A among {', '.join(ACTS)}.") from None
+    return Fault(step, words["act"]) if own else None

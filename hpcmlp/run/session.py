@@ -1,0 +1,141 @@
+"""Everything a run carries from step to step, and its way into a checkpoint and back on any number of ranks."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.comm import messages
+from hpcmlp.comm.agreement import agreed
+from hpcmlp.errors import ConfigError
+from hpcmlp.run import checkpoint
+
+
+@dataclass
+class Progress:
+    """Where a run stands; the same on all ranks.
+
+    `step` counts finished steps. `loss_sum` and `weight_sum` are those of the running epoch. `best_value` is the
+    monitored metric of the best state, `worse` the validations since then, `skipped` the steps without update.
+    """
+
+    step: int = 0
+    loss_sum: float = 0.0
+    weight_sum: float = 0.0
+    best_value: float | None = None
+    best_step: int = 0
+    best_val: dict[str, Any] | None = None
+    worse: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+class Session:
+    """The parameters, the optimizer's slice, the averaged weights, the best state and the progress of a run.
+
+    Parameters
+    ----------
+    comm : communicator of all ranks.
+    network : `nn.network.Network`; its flat parameters are the live ones.
+    strategy : `sync.strategy.SlicedUpdate` or `WholeUpdate`.
+    optimizer : from `nn.optimizers.make_optimizer`, for `strategy.ranges`.
+    average : `nn.optimizers.Average` for the same ranges, or None.
+    """
+
+    def __init__(self, comm: Any, network: Any, strategy: Any, optimizer: Any, average: Any):
+        self.comm, self.network, self.strategy = comm, network, strategy
+        self.optimizer, self.average = optimizer, average
+        self.progress = Progress()
+        self.best: Any = None  # this rank's ranges of the best parameters
+
+    def usable(self) -> np.ndarray:
+        """Return the parameters to validate and to use: averaged where an average is kept. Collective.
+
+        (layout.size,) host array; the live parameters themselves when there is no average.
+        """
+        if self.average is not None:
+            return self.strategy.whole(self.average.array)
+        return self.host_params()
+
+    def host_params(self) -> np.ndarray:
+        """Return the live parameters on the host. Local."""
+        params = self.network.params
+        if isinstance(params, np.ndarray):
+            return params
+        out = np.empty(params.shape, params.dtype)
+        self.strategy.ops.to_host(params, out)
+        return out
+
+    def keep_best(self, flat: np.ndarray) -> None:
+        """Keep this rank's ranges of `flat` as the best parameters so far. Local."""
+        self.best = self.strategy.owned(flat)
+
+    def capture(self, meta: dict[str, Any]) -> checkpoint.State:
+        """Return the whole state with `meta` added. Collective; every rank gets it, one may save it."""
+        layout = self.network.layout
+        flats = {"params": self.host_params()}
+        flats |= {f"optimizer/{name}": self.strategy.whole(a) for name, a in self.optimizer.state.items()}
+        if self.average is not None:
+            flats["average"] = self.strategy.whole(self.average.array)
+        if self.best is not None:
+            flats["best"] = self.strategy.whole(self.best)
+        arrays = {f"{group}/{name}": view for group, flat in flats.items()
+                  for name, view in layout.views(flat).items()}
+        progress = asdict(self.progress)
+        best = {"step": self.progress.best_step, "value": self.progress.best_value, "val": self.progress.best_val}
+        return checkpoint.State({**meta, "step": self.progress.step, "progress": progress, "best": best,
+                                 "has_best": self.best is not None}, arrays)
+
+    def restore(self, run_dir: str, check: Any) -> tuple[bool, list[str]]:
+        """Take up the newest good checkpoint of `run_dir`.
+
+        Collective. Rank 0 reads and gives it out, so that a file system sees one reader.
+
+        Parameters
+        ----------
+        check : called on rank 0 with the checkpoint's meta; raises ConfigError when it does not fit this run.
+
+        Returns
+        -------
+        found : whether there was a checkpoint.
+        notes : one sentence for every damaged checkpoint passed over (rank 0; empty elsewhere).
+        """
+        state, notes, meta = None, [], b""
+        with agreed(self.comm):
+            if self.comm.rank == 0:
+                state, notes = checkpoint.newest_good(run_dir)
+                if state is not None:
+                    check(state.meta)
+                    self._check_arrays(state)
+                    meta = json.dumps(state.meta).encode()
+        meta = messages.broadcast_bytes(self.comm, meta if self.comm.rank == 0 else None)
+        if not meta:
+            return False, notes
+        values = json.loads(meta)
+        self.progress = Progress(**values["progress"])
+        self.strategy.ops.from_host(self._give_out(state, "params"), self.network.params)
+        for name, array in self.optimizer.state.items():
+            array[...] = self.strategy.owned(self._give_out(state, f"optimizer/{name}"))
+        if self.average is not None:
+            self.average.array[...] = self.strategy.owned(self._give_out(state, "average"))
+        if values["has_best"]:
+            self.keep_best(self._give_out(state, "best"))
+        return True, notes
+
+    def _check_arrays(self, state: checkpoint.State) -> None:
+        groups = ["params", *(f"optimizer/{name}" for name in self.optimizer.state)]
+        groups += ["average"] * (self.average is not None) + ["best"] * state.meta["has_best"]
+        for group in groups:
+            try:
+                self.network.layout.pack(state.group(group))
+            except ValueError as error:
+                raise ConfigError(f"the checkpoint of step {state.meta['step']} does not fit this network: {group}: "
+                                  f"{error}.") from None
+
+    def _give_out(self, state: checkpoint.State | None, group: str) -> np.ndarray:
+        """Return the flat vector `group` of rank 0's state on every rank."""
+        layout, dtype = self.network.layout, self.network.dtype
+        flat = np.empty(layout.size, dtype) if state is None else layout.pack(state.group(group), dtype)
+        messages.broadcast(self.comm, flat)
+        return flat

@@ -1,0 +1,1 @@
+"""Keep the replicas of all ranks equal: joins the mathematics and the communication."""

@@ -1,0 +1,63 @@
+"""Cut the flat gradient into buckets, and every bucket into one part per rank.
+
+Buckets follow the backward pass: the first holds the last layers. A bucket closes when it has reached
+`bucket_bytes`; it always ends at the start of a layer's tensors, so that it is final as soon as that layer's
+backward pass is done. Each rank owns one part of every bucket; together its parts are the rank's slice of the
+flat vector. Part boundaries are multiples of 16 elements (64 bytes of float32), so that no two ranks ever write
+one cache line.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ALIGN = 16
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The elements [start, stop) of the flat vector, cut at `bounds` into one part per rank.
+
+    `bounds` (size + 1,) int64 holds offsets into the bucket, from 0 to stop - start.
+    """
+
+    start: int
+    stop: int
+    bounds: np.ndarray
+
+
+def part_bounds(length: int, size: int) -> np.ndarray:
+    """Return (size + 1,) int64 offsets that cut `length` elements into `size` nearly equal aligned parts.
+
+    Local. Parts may be empty when there are fewer than 16 elements per rank.
+    """
+    blocks = -(-length // ALIGN)
+    bounds = np.arange(size + 1, dtype=np.int64) * blocks // size * ALIGN
+    bounds[-1] = length
+    return np.minimum(bounds, length)
+
+
+def cut(size_total: int, closings: list[int], bucket_elements: int, size: int) -> list[Bucket]:
+    """Cut a flat vector of `size_total` elements into buckets in the order in which backward closes them.
+
+    Local.
+
+    Parameters
+    ----------
+    closings : offsets at which the gradient from there to the end is final, descending to 0 (starts of layers).
+    bucket_elements : a bucket is closed as soon as it holds this many elements.
+    size : ranks.
+    """
+    buckets, stop = [], size_total
+    for start in closings:
+        if stop - start >= bucket_elements or start == 0:
+            if stop > start:
+                buckets.append(Bucket(start, stop, part_bounds(stop - start, size)))
+            stop = start
+    return buckets
+
+
+def owned_ranges(buckets: list[Bucket], rank: int) -> list[tuple[int, int]]:
+    """Return the (start, stop) ranges of the flat vector that `rank` owns, ascending and not empty. Local."""
+    ranges = [(b.start + int(b.bounds[rank]), b.start + int(b.bounds[rank + 1])) for b in buckets]
+    return sorted(r for r in ranges if r[1] > r[0])

@@ -1,0 +1,119 @@
+"""One optimizer step over all ranks, from the rows of a local batch to equal updated parameters."""
+
+import math
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from hpcmlp.sync.control import ControlWords
+
+
+@dataclass
+class StepResult:
+    """What one step tells: sums over all ranks, and this rank's seconds.
+
+    `loss` is the weighted mean over the global batch; `grad_norm` is None unless it was asked for or needed.
+    """
+
+    rows: int = 0
+    weight: float = 0.0
+    loss: float = 0.0
+    grad_norm: float | None = None
+    skipped: bool = False
+    stop: bool = False
+    replicas_agree: bool = True
+    compute_s: float = 0.0
+    comm_s: float = 0.0
+
+
+class Step:
+    """The planned step: every buffer is made here, once.
+
+    Parameters
+    ----------
+    network, loss, optimizer, strategy, ops : the parts; `strategy` holds the flat vectors of `network`.
+    rows : largest local batch, in samples.
+    micro_batches : pieces that a local batch is cut into.
+    targets : (shape of one sample's target, dtype): how targets are laid out for the loss.
+    shift, scale : (d,) arrays for `ops.gather`, or None.
+    clip_norm : largest global gradient norm, or None.
+    seed : seed of dropout.
+    average : `nn.optimizers.Average` of the weights, or None.
+    """
+
+    def __init__(self, network: Any, loss: Any, optimizer: Any, strategy: Any, ops: Any, *, rows: int,
+                 micro_batches: int = 1, shift: Any = None, scale: Any = None, clip_norm: float | None = None,
+                 seed: int = 0, average: Any = None):
+        self.network, self.loss, self.optimizer, self.strategy, self.ops = network, loss, optimizer, strategy, ops
+        self.shift, self.scale, self.clip_norm, self.seed, self.average = shift, scale, clip_norm, seed, average
+        self.micro_batches = micro_batches
+        sizes, dtype = network.spec.sizes, strategy.params.dtype
+        self.micro_rows = max(1, -(-rows // micro_batches))
+        self._x = ops.empty((self.micro_rows, sizes[0]), dtype)
+        self._dlogits = ops.empty((self.micro_rows, sizes[-1]), dtype)
+        self.words = ControlWords(strategy.size)
+
+    def run(self, batch: Any, step: int, lr: float, *, stop: bool = False, check: bool = False,
+            want_norm: bool = False) -> StepResult:
+        """Take one step on this rank's `batch` (`data.loader.Batch`, perhaps empty) and return its result.
+
+        Collective.
+
+        Parameters
+        ----------
+        step : updates done before this one; it also keys the dropout masks.
+        lr : learning rate.
+        stop : this rank asks all ranks to stop after the step.
+        check : compare the parameters of all ranks before the update.
+        want_norm : compute the gradient's global norm even when it is not clipped (all ranks alike).
+        """
+        started = perf_counter()
+        words = self.words
+        words.clear()
+        if stop:
+            words.ask_to_stop()
+        if check:
+            words.put_checksum(self.ops.checksum(self.strategy.params))
+        self._gradient(batch, step)
+        computed = perf_counter()
+        self.strategy.reduce(words.array)
+        reduced = perf_counter()
+        result = StepResult(rows=words.rows, weight=words.weight, stop=words.stop,
+                            replicas_agree=words.replicas_agree,
+                            loss=words.loss / words.weight if words.weight else 0.0)
+        if words.not_finite or words.weight == 0.0 or not result.replicas_agree:
+            result.skipped = True
+            result.compute_s, result.comm_s = computed - started, reduced - computed
+            return result
+        factor = 1.0 / words.weight
+        if self.clip_norm is not None or want_norm:
+            result.grad_norm = self.strategy.grad_norm() * factor
+            if self.clip_norm is not None and result.grad_norm > self.clip_norm:
+                factor *= self.clip_norm / result.grad_norm
+        self.strategy.update(self.optimizer, lr, step + 1, factor)
+        if self.average is not None:
+            self.average.update(self.strategy.params)
+        updated = perf_counter()
+        self.strategy.share()
+        shared = perf_counter()
+        result.compute_s = computed - started + updated - reduced
+        result.comm_s = reduced - computed + shared - updated
+        return result
+
+    def _gradient(self, batch: Any, step: int) -> None:
+        """Write the gradient of the weighted loss sum over this rank's batch, and its control words."""
+        network, ops, words = self.network, self.ops, self.words
+        for start in range(0, max(batch.rows, 1), self.micro_rows):
+            stop = min(start + self.micro_rows, batch.rows)
+            rows = stop - start
+            x, dlogits = self._x[:rows], self._dlogits[:rows]
+            ops.gather(batch.source, batch.index[start:stop], x, self.shift, self.scale)
+            logits = network.forward(x, training=True, seed=self.seed, step=step, first=batch.first + start)
+            weights = None if batch.weights is None else batch.weights[start:stop]
+            loss, weight = self.loss(ops, logits, batch.targets[start:stop], weights, dlogits)
+            network.backward(dlogits, add=start > 0)
+            words.add_loss(rows, weight, loss)
+        # One pass over the gradient costs less than finding out a step later on one rank only.
+        if not (math.isfinite(words.loss) and ops.finite(self.strategy.grads)):
+            words.mark_not_finite()
+            self.strategy.grads[...] = 0

@@ -1,0 +1,142 @@
+"""How gradients become equal updates on all ranks: sliced between the halves of the ring, or whole as the oracle.
+
+`SlicedUpdate`: reduce-scatter, the owner updates its slice, all-gather. Optimizer state and update time fall as
+1/size; the bytes on the wire are those of an all-reduce, 2 (size - 1)/size x parameters x width per rank.
+(Rajbhandari et al. 2020, ZeRO, stage 1; the ring is that of Patarasuk and Yuan 2009.)
+`WholeUpdate`: all-reduce, then every rank updates everything: the plain form that the other is compared with.
+
+A strategy takes flat vectors and a collective; it knows neither networks nor MPI.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.sync.buckets import Bucket, owned_ranges
+
+
+class SlicedUpdate:
+    """Reduce-scatter of the gradient, update of this rank's slice, all-gather of the parameters.
+
+    Parameters
+    ----------
+    collective : `comm.ring.Ring` or one with the same methods.
+    buckets : as `buckets.cut` returns them.
+    rank, size : this rank and the number of ranks.
+    params, grads : flat vectors of one dtype, on the host or on the device.
+    ops : the arithmetic; when its arrays are on a device, messages are staged through host copies.
+    """
+
+    def __init__(self, collective: Any, buckets: list[Bucket], rank: int, size: int, params: Any, grads: Any, ops: Any):
+        self.collective, self.buckets, self.rank, self.size = collective, buckets, rank, size
+        self.params, self.grads, self.ops = params, grads, ops
+        self.ranges = self._ranges()
+        on_host = isinstance(params, np.ndarray)
+        self._host_params = params if on_host else np.zeros(params.shape, params.dtype)
+        self._host_grads = grads if on_host else np.zeros(grads.shape, grads.dtype)
+        self._staged = not on_host
+        # The collectives prepare their messages per array: kept arrays make that a cost of the first call only.
+        self._square = np.zeros(1, dtype=np.float64)
+        self._gathered: np.ndarray | None = None
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        return owned_ranges(self.buckets, self.rank)
+
+    def reduce(self, words: np.ndarray) -> None:
+        """Sum the gradient and the control words over the ranks.
+
+        Collective. Afterwards `grads` holds the sum in this rank's ranges (elsewhere anything), `words` the sums.
+        """
+        if self._staged:
+            self.ops.to_host(self.grads, self._host_grads)
+        last = len(self.buckets) - 1
+        for k, bucket in enumerate(self.buckets):
+            part = self._host_grads[bucket.start:bucket.stop]
+            self._reduce_bucket(part, bucket, words if k == last else None)
+        if self._staged:
+            for start, stop in self.ranges:
+                self.ops.from_host(self._host_grads[start:stop], self.grads[start:stop])
+
+    def _reduce_bucket(self, part: np.ndarray, bucket: Bucket, words: np.ndarray | None) -> None:
+        self.collective.reduce_scatter(part, bucket.bounds, words)
+
+    def sum_over_owners(self, value: np.ndarray) -> None:
+        """Sum a small float64 array over the owners of the slices, in place. Collective."""
+        self.collective.all_reduce(value)
+
+    def grad_norm(self) -> float:
+        """Return the Euclidean norm of the summed gradient. Collective: one scalar is summed."""
+        self._square[0] = sum(self.ops.sum_squares(self.grads[a:b]) for a, b in self.ranges)
+        self.sum_over_owners(self._square)
+        return math.sqrt(self._square[0])
+
+    def update(self, optimizer: Any, lr: float, step: int, grad_scale: float) -> None:
+        """Update this rank's ranges of `params` in place. Collective only for optimizers that need norms."""
+        optimizer.update(self.params, self.grads, lr, step, grad_scale,
+                         self.sum_over_owners if optimizer.needs_norms else None)
+
+    def share(self) -> None:
+        """Give every rank the updated parameters of all owners. Collective."""
+        if self._staged:
+            for start, stop in self.ranges:
+                self.ops.to_host(self.params[start:stop], self._host_params[start:stop])
+        self._gather(self._host_params)
+        if self._staged:
+            self.ops.from_host(self._host_params, self.params)
+
+    def _gather(self, flat: np.ndarray) -> None:
+        for bucket in self.buckets:
+            self.collective.all_gather(flat[bucket.start:bucket.stop], bucket.bounds)
+
+    def whole(self, owned: Any) -> np.ndarray:
+        """Return the flat host vector whose owned ranges, concatenated, are `owned` on each rank.
+
+        Collective. Used to save or use optimizer state, averaged weights and the best state.
+        """
+        if self._gathered is None:
+            self._gathered = np.zeros(self._host_params.shape, self._host_params.dtype)
+        flat = self._gathered
+        part = np.empty(owned.shape, flat.dtype)
+        self.ops.to_host(owned, part)
+        at = 0
+        for start, stop in self.ranges:
+            flat[start:stop] = part[at:at + stop - start]
+            at += stop - start
+        self._gather(flat)
+        return flat.copy()
+
+    def owned(self, flat: Any) -> Any:
+        """Return a copy of this rank's ranges of `flat`, concatenated. Local."""
+        out = self.ops.empty((sum(b - a for a, b in self.ranges),), flat.dtype)
+        at = 0
+        for start, stop in self.ranges:
+            self.ops.from_host(flat[start:stop], out[at:at + stop - start])
+            at += stop - start
+        return out
+
+
+class WholeUpdate(SlicedUpdate):
+    """All-reduce of the gradient, then the same update of all parameters on every rank."""
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        return [(0, self.params.shape[0])]
+
+    def _reduce_bucket(self, part: np.ndarray, bucket: Bucket, words: np.ndarray | None) -> None:
+        self.collective.reduce_scatter(part, bucket.bounds, words)
+        self.collective.all_gather(part, bucket.bounds)
+
+    def sum_over_owners(self, value: np.ndarray) -> None:
+        """Leave `value`: every rank owns everything. Local."""
+
+    def share(self) -> None:
+        """Do nothing: every rank has updated everything itself. Local."""
+
+    def _gather(self, flat: np.ndarray) -> None:
+        pass
+
+
+def make_strategy(whole: bool) -> Callable[..., SlicedUpdate]:
+    """Return the class of the strategy: WholeUpdate when `whole`, else SlicedUpdate. Local."""
+    return WholeUpdate if whole else SlicedUpdate

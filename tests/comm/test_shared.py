@@ -1,0 +1,144 @@
+"""Shared memory inside a node, ring between nodes: the plain sum, the same bits everywhere, one copy where promised."""
+
+import os
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpcmlp.comm import shared
+from hpcmlp.comm.shared import STAGE_BYTES, Shared, SharedUnavailable
+from hpcmlp.comm.topology import Topology
+
+LENGTHS = [0, 1, 3, 4, 5, 997, 40000]
+
+
+class SplitTopology:
+    """A topology that pretends that every `per_node` ranks of `comm` are a node of their own."""
+
+    def __init__(self, comm, per_node):
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.node = comm.Split(comm.rank // per_node, comm.rank)
+        self.local_rank, self.local_size = self.node.rank, self.node.size
+        self.cross = comm.Split(self.local_rank, comm.rank)
+        self.cross_rank, self.cross_size = self.cross.rank, self.cross.size
+        self.num_nodes = -(-comm.size // per_node)
+
+
+def topologies(comm):
+    """All ways of cutting the ranks into equal nodes, one node first."""
+    return [Topology(comm)] + [SplitTopology(comm, n) for n in range(1, comm.size) if comm.size % n == 0]
+
+
+def numbers(rank, length, dtype):
+    return np.random.default_rng([rank, length]).standard_normal(length).astype(dtype)
+
+
+def bounds_of(length, size):
+    cuts = np.arange(size + 1) * length // size
+    if size > 2:
+        cuts[1] = cuts[2]  # an empty part
+    return cuts
+
+
+def everywhere_equal(comm, array):
+    all_arrays = np.empty((comm.size, array.nbytes), np.uint8)
+    comm.Allgather(np.ascontiguousarray(array).view(np.uint8), all_arrays)
+    return (all_arrays == all_arrays[0]).all()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_reduce_scatter_and_all_gather_give_the_plain_sum(comm, length, dtype):
+    expected = sum(numbers(r, length, dtype).astype(np.float64) for r in range(comm.size))
+    for topology in topologies(comm):
+        collective = Shared(topology)
+        array = collective.empty(length, dtype)
+        bounds = bounds_of(length, comm.size)
+        for _ in range(2):  # the second round uses prepared plans
+            array[:] = numbers(comm.rank, length, dtype)
+            words = np.array([1.0, comm.rank, 0.25])
+            collective.reduce_scatter(array, bounds, words)
+            own = slice(bounds[collective.part], bounds[collective.part + 1])
+            np.testing.assert_allclose(array[own], expected[own], rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(words, [comm.size, comm.size * (comm.size - 1) / 2, comm.size / 4])
+            collective.all_gather(array, bounds)
+            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+            assert array.dtype == dtype and everywhere_equal(comm, array)
+            comm.Barrier()
+        collective.free()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("length", [0, 1, 5, 1000, STAGE_BYTES // 4 + 5])
+def test_ordinary_arrays_are_summed_too(comm, length):
+    collective = Shared(Topology(comm))
+    array = numbers(comm.rank, length, np.float32)
+    collective.all_reduce(array)
+    expected = sum(numbers(r, length, np.float32).astype(np.float64) for r in range(comm.size))
+    np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+    assert everywhere_equal(comm, array)
+    collective.broadcast(array, comm.size - 1)
+    collective.free()
+
+
+@pytest.mark.mpi
+def test_a_common_array_exists_once_per_node(comm):
+    for topology in topologies(comm):
+        collective = Shared(topology)
+        array = collective.common(1000, np.float32)
+        bounds = bounds_of(1000, comm.size)
+        array[bounds[collective.part]:bounds[collective.part + 1]] = collective.part
+        collective.all_gather(array, bounds)
+        for part in range(comm.size):
+            assert (array[bounds[part]:bounds[part + 1]] == part).all()
+        comm.Barrier()
+        if topology.local_rank == 0:
+            array[0] = 7.5
+        comm.Barrier()
+        assert array[0] == 7.5  # one memory, not copies
+        comm.Barrier()
+        collective.free()
+
+
+@pytest.mark.mpi
+def test_parts_belong_to_one_rank_each(comm):
+    for topology in topologies(comm):
+        collective = Shared(topology)
+        parts = np.zeros(comm.size, np.int64)
+        comm.Allgather(np.array([collective.part]), parts)
+        assert sorted(parts) == list(range(comm.size))
+        collective.free()
+
+
+@pytest.mark.mpi
+def test_too_little_shared_memory_is_said_on_all_ranks(comm, monkeypatch):
+    collective = Shared(Topology(comm))
+    real = os.statvfs
+
+    def tiny(path):
+        found = real(path)
+        return os.statvfs_result((found.f_bsize, found.f_frsize, 0, 0, 0, 0, 0, 0, 0, 255))
+
+    if comm.rank == 0:  # only the rank that looks sees it
+        monkeypatch.setattr(shared.os, "statvfs", tiny)
+    with pytest.raises(SharedUnavailable, match="MiB"):
+        collective.empty(1 << 20, np.float32)
+    collective.free()
+
+
+@pytest.mark.mpi(min_size=3)
+def test_uneven_nodes_are_refused_on_all_ranks(comm):
+    topology = SplitTopology(comm, comm.size - 1)
+    with pytest.raises(SharedUnavailable, match="different numbers"):
+        Shared(topology)
+
+
+@pytest.mark.mpi
+def test_memory_is_given_back(comm):
+    for _ in range(20):
+        collective = Shared(Topology(comm))
+        collective.empty(1 << 16, np.float32)
+        collective.free()
+    assert MPI.Is_initialized()

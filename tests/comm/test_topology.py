@@ -1,0 +1,37 @@
+"""Places of the ranks, also on nodes that are only simulated."""
+
+import pytest
+
+from hpcmlp.comm.topology import Topology
+
+SHOW = """
+from hpcmlp import launch
+world = launch.open_world()
+from hpcmlp.comm.topology import Topology
+t = Topology(world.comm)
+import sys
+sys.stdout.write(f"{t.rank} {t.local_rank}/{t.local_size} {t.cross_rank}/{t.cross_size} {t.num_nodes}\\n")
+"""
+
+
+@pytest.mark.mpi
+def test_places_are_consistent(comm):
+    topology = Topology(comm)
+    assert (topology.rank, topology.size) == (comm.rank, comm.size)
+    assert 0 <= topology.local_rank < topology.local_size <= comm.size
+    assert 0 <= topology.cross_rank < topology.cross_size <= topology.num_nodes
+    assert topology.node.size == topology.local_size and topology.cross.size == topology.cross_size
+    places = comm.allgather((topology.host, topology.cross_rank, topology.local_rank))
+    assert len(set(places)) == comm.size
+    topology.free()
+
+
+def test_nodes_that_mpich_simulates(run_ranks):
+    result = run_ranks(4, "-c", SHOW, env={"MPIR_CVAR_NUM_CLIQUES": "2"})
+    assert result.returncode == 0, result.stderr
+    lines = sorted(result.stdout.split("\n"))[1:]
+    if lines[0].endswith(" 1"):
+        pytest.skip("this MPI library does not simulate nodes")
+    assert {line.split()[3] for line in lines} == {"2"}
+    assert sorted(line.split()[1] for line in lines) == ["0/2", "0/2", "1/2", "1/2"]
+    assert sorted(line.split()[2] for line in lines) == ["0/2", "0/2", "1/2", "1/2"]

@@ -1,0 +1,174 @@
+"""The harness: one suite at any number of ranks, in which a failing rank neither hangs the others nor fails unseen.
+
+After each phase (setup, call, teardown) of a test marked `mpi` the ranks agree on the outcome, so no rank enters a
+body that another has left; rank 0 alone prints. A rank that has failed while the others wait in a collective prints
+its failure and aborts the job. For hangs in which no rank has failed there is pytest's faulthandler_timeout.
+"""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpcmlp import launch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# Seconds that a failed rank waits for the others before it ends the job.
+PATIENCE = float(os.environ.get("HPCMLP_TEST_PATIENCE", "5"))
+MARK_KEYWORDS = {"mpi": {"min_size"}, "mpi_skip": set(), "mpi_xfail": set(), "mpi_break": set()}
+LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_")
+
+
+class Harness:
+    """The ranks of this pytest run and how they agree: registered as a plugin when MPI tests run."""
+
+    def __init__(self):
+        self.world = launch.open_world()     # before any test module imports NumPy: it sets the BLAS threads
+        # Own communicators, so that the harness's messages can never match a test's.
+        self.comm = self.world.comm.Dup()
+        self.tests_comm = self.world.comm.Dup()
+        self.collection_errors = []
+
+    def gather(self, value, failure=""):
+        """Return all ranks' values; end the job when this rank has failed and the others do not come."""
+        request = self.comm.Ibarrier()
+        give_up = time.monotonic() + PATIENCE
+        pause = 1e-4
+        while not request.Test():
+            if failure and time.monotonic() > give_up:
+                self.abort(failure)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
+        return self.comm.allgather(value)
+
+    def abort(self, failure):
+        sys.__stderr__.write(f"\n--- rank {self.comm.rank} failed while others wait; the run ends ---\n{failure}\n")
+        launch.end_all(self.world.comm, 1)
+
+    def agree(self, report):
+        """Make `report` what all ranks together say of this phase."""
+        text = report.longreprtext if report.failed else ""
+        said = self.gather((report.outcome, text), text)
+        if all(outcome == said[0][0] for outcome, _ in said) and said[0][0] != "failed":
+            return report
+        lines = []
+        for rank, (outcome, text) in enumerate(said):
+            lines.append(f"--- rank {rank} of {len(said)}: {outcome} ---")
+            if text:
+                lines.append(text)
+        report.outcome = "failed"
+        report.longrepr = "\n".join(lines)
+        return report
+
+    def pytest_report_header(self):
+        world = self.world
+        return f"{world.size} ranks, {world.library}, {world.blas_threads} BLAS threads each ({world.threads_source})"
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.collection_errors.append(report.longreprtext)
+
+    def pytest_collection_finish(self, session):
+        # Ranks that collected different tests would wait for one another for ever.
+        digest = hashlib.sha256("\n".join(item.nodeid for item in session.items).encode()).hexdigest()
+        text = "\n".join(self.collection_errors)
+        said = self.gather((digest, bool(text)), text)
+        if len(set(said)) > 1 and (text or not any(failed for _, failed in said)):
+            self.abort(text or "the ranks collected different tests")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item):
+        report = yield
+        return self.agree(report) if item.get_closest_marker("mpi") else report
+
+    def pytest_internalerror(self, excrepr):
+        if self.comm.size > 1:
+            self.abort(str(excrepr))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    if not (config.getoption("--with-mpi") or config.getoption("--only-mpi")):
+        return
+    harness = Harness()
+    config.pluginmanager.register(harness, "harness")
+    if harness.comm.rank > 0:
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        reporter._tw._file = open(os.devnull, "w", encoding="utf-8")     # rank 0 speaks for all
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for mark in item.iter_markers():
+            unknown = set(mark.kwargs) - MARK_KEYWORDS.get(mark.name, set(mark.kwargs))
+            if unknown:
+                raise pytest.UsageError(f"{item.nodeid}: the marker {mark.name!r} does not know {sorted(unknown)}")
+    if config.getoption("--with-mpi"):
+        return
+    wanted = bool(config.getoption("--only-mpi"))
+    left_out = [item for item in items if bool(item.get_closest_marker("mpi")) != wanted]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if bool(item.get_closest_marker("mpi")) == wanted]
+
+
+@pytest.fixture
+def comm(request):
+    """All ranks of the test run: a communicator duplicated from COMM_WORLD for the tests."""
+    harness = request.config.pluginmanager.get_plugin("harness")
+    if harness is None:
+        pytest.fail("a test that uses `comm` must be marked @pytest.mark.mpi")
+    return harness.tests_comm
+
+
+def find_mpiexec():
+    """Return the launcher: $MPIEXEC, else the one beside this Python, else the one in PATH."""
+    given = os.environ.get("MPIEXEC")
+    if given:
+        return str(Path(given).resolve()) if "/" in given else given
+    beside = Path(sys.executable).parent / "mpiexec"
+    return str(beside) if beside.exists() else "mpiexec"
+
+
+def clean_environment(**changes):
+    """Return the environment without what a launcher or `open_world` has set in it, then `changes` (None removes)."""
+    kept = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_rmaps", "PRTE_MCA_rmaps")
+    environ = {name: value for name, value in os.environ.items()
+               if name.startswith(kept) or not name.startswith(LAUNCHER_PREFIXES)}
+    for name in (*launch.BLAS_VARIABLES, *launch.YIELD_VARIABLES):
+        environ.pop(name, None)
+    environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [environ.get("PYTHONPATH")])])
+    for name, value in changes.items():
+        environ.pop(name, None)
+        if value is not None:
+            environ[name] = value
+    return environ
+
+
+@pytest.fixture
+def run_ranks():
+    """A function that runs `python *arguments` on `ranks` ranks (0: without a launcher) and returns what came out.
+
+    run_ranks(2, "-m", "hpcmlp", "train", ..., timeout=60, cwd=None, env={"NAME": "value"}) -> CompletedProcess with
+    text in stdout and stderr. Past `timeout` seconds the processes are killed and the test fails.
+    """
+    def run(ranks, *arguments, timeout=60, cwd=None, env=None):
+        command = [sys.executable, *map(str, arguments)]
+        if ranks:
+            command = [find_mpiexec(), "-n", str(ranks), *command]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                   text=True, cwd=cwd, env=clean_environment(**(env or {})), start_new_session=True)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            pytest.fail(f"{' '.join(command)} did not end in {timeout} s\n{out[-4000:]}\n{err[-4000:]}")
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+    return run

@@ -1,0 +1,240 @@
+"""Tests of nn/network.py: logits and gradients against PyTorch's and finite differences, padding, dtypes, memory."""
+
+import itertools
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpcmlp.nn.initializers import initialize
+from hpcmlp.nn.losses import OPTIONS, Loss
+from hpcmlp.nn.network import Network, NetworkSpec
+from hpcmlp.ops.host import BLOCK, HostOps
+from hpcmlp.ops.plain import PlainOps
+
+ORACLE = Path(__file__).parents[1] / "oracle" / "nn.npz"
+ACTIVATIONS = ("relu", "leaky_relu", "gelu", "silu", "elu", "selu", "tanh", "sigmoid", "softplus", "identity")
+OPS = {"plain": PlainOps(np), "host": HostOps()}
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    with np.load(ORACLE) as file:
+        return {name: file[name] for name in file}
+
+
+def from_logical(layout, vector, dtype=np.float64):
+    """The padded flat vector of an unpadded one."""
+    flat, at = np.zeros(layout.size, dtype), 0
+    for tensor in layout.tensors:
+        flat[tensor.start:tensor.stop] = vector[at:at + tensor.stop - tensor.start]
+        at += tensor.stop - tensor.start
+    assert at == len(vector)
+    return flat
+
+
+def to_logical(layout, flat):
+    """The unpadded vector of a padded one."""
+    return np.concatenate([flat[tensor.start:tensor.stop] for tensor in layout.tensors])
+
+
+def random_network(spec, ops, rows, dtype=np.float64, seed=0):
+    """A network none of whose parameters is special."""
+    rng, params = np.random.default_rng(seed), initialize(spec, seed, dtype=dtype)
+    for tensor in spec.layout().tensors:
+        params[tensor.start:tensor.stop] += 0.1 * rng.normal(size=tensor.stop - tensor.start)
+    return Network(spec, ops, rows, params, dtype=dtype)
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("case", ["plain", "norm", "residual", "both"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_logits_and_gradients_are_those_of_pytorch(oracle, ops, case, activation):
+    norm = case in ("norm", "both")
+    spec = NetworkSpec((5, 7, 7, 7, 3), activation, layer_norm=norm, residual=case in ("residual", "both"))
+    layout, place = spec.layout(), f"network/{'norm' if norm else 'plain'}"
+    x, y = oracle[f"{place}/x"], oracle[f"{place}/y"]
+    for dtype, tolerance in ((np.float64, 1e-10), (np.float32, 2e-5)):
+        net = Network(spec, ops, 9, from_logical(layout, oracle[f"{place}/params"], dtype), dtype=dtype)
+        dlogits = np.empty((6, 3), dtype)
+        logits = net.forward(x.astype(dtype))
+        Loss("softmax_cross_entropy")(ops, logits, y, None, dlogits)
+        net.backward(dlogits)
+        np.testing.assert_allclose(logits, oracle[f"network/{activation}/{case}/logits"], rtol=tolerance,
+                                   atol=tolerance)
+        np.testing.assert_allclose(to_logical(layout, net.grads), oracle[f"network/{activation}/{case}/grads"],
+                                   rtol=tolerance, atol=10 * tolerance)
+
+
+def check_gradient(net, loss, x, targets, weights, rng, training=True):
+    """Compare `backward` with central differences in a few elements of every tensor."""
+    ops, dlogits = net.ops, np.empty((len(x), net.spec.sizes[-1]))
+
+    def value():
+        return loss(ops, net.forward(x, training, 3, 5, 11), targets, weights, dlogits)[0]
+
+    value()
+    net.backward(dlogits)
+    for tensor in net.layout.tensors:
+        for i in rng.choice(np.arange(tensor.start, tensor.stop), min(2, tensor.stop - tensor.start), replace=False):
+            kept, h = net.params[i], 1e-5
+            net.params[i] = kept + h
+            above = value()
+            net.params[i] = kept - h
+            below = value()
+            net.params[i] = kept
+            assert net.grads[i] == pytest.approx((above - below) / (2 * h), rel=1e-6, abs=1e-7), (tensor.name, i)
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradient_is_that_of_finite_differences_for_every_kind_of_layer(ops, activation):
+    rng = np.random.default_rng(4)
+    for dropout, norm, residual in itertools.product((0.0, 0.4), (False, True), (False, True)):
+        spec = NetworkSpec((4, 6, 6, 6, 5, 3), activation, dropout, norm, residual)
+        net = random_network(spec, ops, 7)
+        x, y = rng.normal(size=(7, 4)), rng.integers(0, 3, 7).astype(np.int32)
+        check_gradient(net, Loss("softmax_cross_entropy"), x, y, None, rng)
+    check_gradient(net, Loss("softmax_cross_entropy"), x, y, None, rng, training=False)
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_gradient_is_that_of_finite_differences_for_every_loss(ops, kind, weighted):
+    options = {"softmax_cross_entropy": {"label_smoothing": 0.1, "class_weights": (1.0, 2.0, 0.5, 3.0)},
+               "huber": {"delta": 0.7}, "quantile": {"quantiles": (0.2, 0.9)}}.get(kind, {})
+    rng, rows, outputs = np.random.default_rng(5), 5, 4
+    if kind == "softmax_cross_entropy":
+        targets = rng.integers(0, outputs, rows).astype(np.int32)
+    elif kind == "binary_cross_entropy":
+        targets = rng.integers(0, 2, (rows, outputs)).astype(float)
+    else:
+        targets = rng.normal(size=(rows, 2 if kind == "quantile" else outputs))
+    weights = rng.uniform(0.0, 2.0, rows) if weighted else None
+    net = random_network(NetworkSpec((3, 6, outputs), "tanh"), ops, rows)
+    check_gradient(net, Loss(kind, **options), rng.normal(size=(rows, 3)), targets, weights, rng)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (3, 4, 2), (3, 8, 4, 4, 2)])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_closed_ranges_cover_the_vector_once_from_the_end_and_are_final(sizes, rows):
+    spec = NetworkSpec(sizes, layer_norm=True, residual=True, dropout=0.2)
+    net, rng = random_network(spec, OPS["host"], 7), np.random.default_rng(6)
+    net.grads[...] = 0.0
+    closed, parts = [], []
+    net.forward(rng.normal(size=(rows, 3)), training=True)
+    net.backward(rng.normal(size=(rows, 2)), lambda a, b: (closed.append((a, b)), parts.append(net.grads[a:b].copy())))
+    assert closed[0][1] == net.layout.size and closed[-1][0] == 0
+    assert all(a == stop for (a, _), (_, stop) in itertools.pairwise(closed))
+    assert np.array_equal(np.concatenate(parts[::-1]), net.grads)
+    assert np.all(net.grads == 0.0) == (rows == 0)
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+def test_micro_batches_add_up_to_the_batch_and_padding_stays_zero(ops):
+    for activation, norm in (("relu", True), ("gelu", False), ("tanh", True)):
+        spec, rng = NetworkSpec((5, 7, 7, 3), activation, 0.3, norm, True), np.random.default_rng(7)
+        whole, cut = (random_network(spec, ops, 11) for _ in range(2))
+        x, dlogits = rng.normal(size=(11, 5)), rng.normal(size=(11, 3))
+        logits = whole.forward(x, True, 1, 2, 100).copy()
+        whole.backward(dlogits)
+        for start, stop in ((0, 4), (4, 4), (4, 11)):  # dropout knows the place in the global batch
+            part = cut.forward(x[start:stop], True, 1, 2, 100 + start)
+            np.testing.assert_allclose(part, logits[start:stop], rtol=1e-12)
+            cut.backward(dlogits[start:stop], add=start > 0 or stop == start)
+        np.testing.assert_allclose(cut.grads, whole.grads, rtol=1e-10, atol=1e-12)
+        mask = spec.layout().pack({t.name: np.ones(t.shape) for t in spec.layout().tensors}, bool)
+        for net in (whole, cut):
+            assert np.all(net.grads[~mask] == 0.0) and np.all(net.params[~mask] == 0.0)
+
+
+def test_dropout_acts_in_training_only_and_follows_the_counters():
+    spec, x = NetworkSpec((4, 50, 2), dropout=0.5), np.random.default_rng(8).normal(size=(6, 4))
+    net = random_network(spec, OPS["host"], 6)
+    plain = net.forward(x).copy()
+    assert np.array_equal(plain, random_network(NetworkSpec((4, 50, 2)), OPS["host"], 6).forward(x))
+    first = net.forward(x, True, seed=1, step=2, first=3).copy()
+    assert not np.allclose(first, plain)
+    assert np.array_equal(first, net.forward(x, True, seed=1, step=2, first=3))
+    for changed in ({"seed": 2}, {"step": 3}, {"first": 4}):
+        assert not np.allclose(first, net.forward(x, True, **({"seed": 1, "step": 2, "first": 3} | changed)))
+    assert np.array_equal(plain, net.forward(x))
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float32_stays_float32_and_is_the_rounded_float64(ops, activation):
+    spec, rng = NetworkSpec((5, 8, 8, 3), activation, 0.25, True, True), np.random.default_rng(9)
+    x, y, results = rng.normal(size=(6, 5)), rng.integers(0, 3, 6).astype(np.int32), {}
+    params = random_network(spec, ops, 6).params
+    for dtype in (np.float32, np.float64):
+        net = Network(spec, ops, 6, params.astype(dtype), dtype=dtype)
+        dlogits = np.empty((6, 3), dtype)
+        logits = net.forward(x.astype(dtype), True)
+        Loss("softmax_cross_entropy")(ops, logits, y, None, dlogits)
+        net.backward(dlogits)
+        arrays = [a for b in net._buffers for name, a in b.items() if a is not None and name != "mask"]
+        assert all(a.dtype == dtype for a in [*arrays, *net._flow, net.grads, net.params, logits])
+        results[dtype] = logits.copy(), net.grads.copy()
+    for single, double in zip(results[np.float32], results[np.float64], strict=True):
+        np.testing.assert_allclose(single, double, rtol=1e-4, atol=1e-4)
+
+
+def test_more_rows_than_planned_are_refused_and_any_fewer_are_welcome():
+    net = random_network(NetworkSpec((3, 4, 2)), OPS["host"], 20)
+    rng = np.random.default_rng(10)
+    with pytest.raises(AssertionError, match="21 rows"):
+        net.forward(rng.normal(size=(21, 3)))
+    x = rng.normal(size=(20, 3))
+    whole = net.forward(x).copy()
+    for rows in [*range(21), 3, 0]:  # more row counts than plans are kept for
+        logits = net.forward(x[:rows])
+        np.testing.assert_allclose(logits, whole[:rows], rtol=1e-12)
+        net.backward(logits)
+    assert len(net._forward_plans) <= 8 and len(net._backward_plans) <= 8
+
+
+def test_given_vectors_are_used_and_a_network_that_only_predicts_has_no_gradient():
+    spec = NetworkSpec((3, 4, 2))
+    params, grads = (np.zeros(spec.layout().size, np.float32) for _ in range(2))
+    net = Network(spec, OPS["host"], 5, params, grads)
+    assert net.params is params and net.grads is grads
+    reader = Network(spec, OPS["host"], 5, params)
+    reader.forward(np.ones((5, 3), np.float32))
+    assert reader._grads is None and reader._flow is None
+
+
+def traced(step):
+    """Bytes that one more step takes at its peak, and that it keeps."""
+    for count in range(1, 3):
+        step(count)
+    tracemalloc.start()
+    step(3)
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    step(4)
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak - before, after - before
+
+
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_steady_step_allocates_nothing(activation, extras):
+    spec = NetworkSpec((60, 128, 128, 10), activation, 0.2 if extras else 0.0, extras, extras)
+    net, rng, rows = Network(spec, OPS["host"], 1500), np.random.default_rng(11), 1500
+    net.params[...] = initialize(spec, 0)
+    x, y = rng.normal(size=(rows, 60)).astype(np.float32), rng.integers(0, 10, rows).astype(np.int32)
+    loss, dlogits = Loss("softmax_cross_entropy"), np.empty((rows, 10), np.float32)
+
+    def step(count):
+        for n, add in ((rows, False), (77, True)):
+            logits = net.forward(x[:n], True, 0, count, 0)
+            loss(net.ops, logits, y[:n], None, dlogits[:n])
+            net.backward(dlogits[:n], add=add)
+
+    peak, kept = traced(step)
+    # An activation takes 768,000 bytes; without the C kernels NumPy works through temporary cache blocks.
+    assert peak < (16384 if net.ops.fused else 16 * 4 * BLOCK) and kept < 1024, (peak, kept)

@@ -1,0 +1,62 @@
+"""A run directory has one owner, and its log never holds half a line or a step from the future."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hpcmlp.errors import CannotWrite, ConfigError
+from hpcmlp.run.directory import RunDirectory, check_same_run, to_json
+
+
+def test_a_second_run_is_refused_and_told_by_whom(tmp_path):
+    first = RunDirectory(tmp_path / "run", False)
+    with pytest.raises(CannotWrite, match=f"in use by {socket.gethostname()}, pid {os.getpid()}"):
+        RunDirectory(tmp_path / "run", False)
+    first.release()
+    RunDirectory(tmp_path / "run", False).release()
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": int(child.stdout), "job": None}))
+    RunDirectory(tmp_path, False).release()
+
+
+@pytest.mark.parametrize("age, taken", [(1.0, False), (1000.0, True)])
+def test_the_lock_of_another_host_counts_while_it_shows_signs_of_life(tmp_path, age, taken):
+    lock = tmp_path / "lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": "17"}))
+    os.utime(lock, (time.time() - age,) * 2)
+    if taken:
+        RunDirectory(tmp_path, False).release()
+    else:
+        with pytest.raises(CannotWrite, match="job 17 on elsewhere"):
+            RunDirectory(tmp_path, False)
+
+
+def test_a_requeued_job_takes_its_own_lock(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "job": "17"}))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    RunDirectory(tmp_path, False).release()
+
+
+def test_resuming_drops_lines_past_the_step_and_the_torn_last_line(tmp_path):
+    lines = [{"kind": "step", "step": s, "loss": 1.0} for s in (10, 20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(to_json(r) + "\n" for r in lines) + '{"kind": "st')
+    directory = RunDirectory(tmp_path, True)
+    directory.open_log(20)
+    directory.log({"kind": "event", "step": 20, "loss": float("nan")})
+    directory.release()
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kept == [*lines[:2], {"kind": "event", "step": 20, "loss": None}]
+
+
+def test_differences_between_runs_are_listed():
+    check_same_run({"a": 1, "b": 2}, {"a": 1, "b": 3}, {"b"})
+    with pytest.raises(ConfigError, match="b was 2 and is 3"):
+        check_same_run({"a": 1, "b": 2}, {"a": 1, "b": 3}, set())

@@ -1,0 +1,35 @@
+"""Buckets and slices cover the flat vector exactly once, for any ranks and sizes."""
+
+import numpy as np
+import pytest
+
+from hpcmlp.sync.buckets import ALIGN, cut, owned_ranges, part_bounds
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 48, 997, 4096])
+def test_parts_cover_a_bucket_in_order_with_aligned_starts(length, size):
+    bounds = part_bounds(length, size)
+    assert bounds.shape == (size + 1,) and bounds[0] == 0 and bounds[-1] == length
+    assert (np.diff(bounds) >= 0).all()
+    assert all(b % ALIGN == 0 or b == length for b in bounds)
+    assert max(np.diff(bounds)) <= -(-length // size) + ALIGN
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("bucket_elements", [1, 100, 640, 10**9])
+def test_slices_of_all_ranks_cover_every_element_once(size, bucket_elements):
+    total, closings = 1600, [1280, 640, 320, 0]
+    buckets = cut(total, closings, bucket_elements, size)
+    counts = np.zeros(total, int)
+    for rank in range(size):
+        for start, stop in owned_ranges(buckets, rank):
+            assert stop > start
+            counts[start:stop] += 1
+    assert (counts == 1).all()
+
+
+def test_buckets_follow_backward_and_end_at_layers():
+    buckets = cut(1600, [1280, 640, 320, 0], 400, 2)
+    assert [(b.start, b.stop) for b in buckets] == [(640, 1600), (0, 640)]
+    assert [(b.start, b.stop) for b in cut(1600, [1280, 640, 320, 0], 10**9, 2)] == [(0, 1600)]

@@ -1,0 +1,164 @@
+"""Both strategies leave the same bits on all ranks and agree with one rank that has all samples."""
+
+import numpy as np
+import pytest
+
+from hpcmlp.comm import make_collective
+from hpcmlp.comm.topology import Topology
+from hpcmlp.nn.initializers import initialize
+from hpcmlp.nn.losses import Loss
+from hpcmlp.nn.network import Network, NetworkSpec
+from hpcmlp.nn.optimizers import RULES, Average, make_optimizer
+from hpcmlp.ops.host import HostOps
+from hpcmlp.sync.buckets import cut
+from hpcmlp.sync.step import Step
+from hpcmlp.sync.strategy import make_strategy
+
+SPEC = NetworkSpec((7, 19, 19, 3), "tanh", layer_norm=True)
+ROWS = 23
+
+
+class Rows:
+    """A local batch in the form of data.loader.Batch: the slice [start, stop) of fixed samples."""
+
+    def __init__(self, start, stop, step=0, weighted=False):
+        random = np.random.default_rng(step)
+        self.source = random.standard_normal((ROWS, 7), dtype=np.float32)
+        labels = random.integers(0, 3, ROWS).astype(np.int32)
+        self.index = np.arange(start, stop)
+        self.targets = labels[start:stop]
+        self.weights = random.random(ROWS, dtype=np.float32)[start:stop] if weighted else None
+        self.first, self.rows, self.global_rows = start, stop - start, ROWS
+
+
+class Alone:
+    """The collective of one rank."""
+
+    def reduce_scatter(self, array, bounds, words=None):
+        pass
+
+    def all_gather(self, array, bounds):
+        pass
+
+    def all_reduce(self, array, words=None):
+        pass
+
+
+def make_step(collective, rank, size, *, whole=False, optimizer="adamw", bucket=300, rows=ROWS, spec=SPEC, **options):
+    ops = HostOps()
+    network = Network(spec, ops, ROWS)
+    network.params[...] = initialize(spec, 3, "auto", np.float32)
+    closings = sorted((t.start for t in network.layout.tensors if t.name.startswith("layers.")
+                       and t.name.endswith(".weight")), reverse=True)
+    buckets = cut(network.layout.size, closings, bucket, size)
+    strategy = make_strategy(whole)(collective, buckets, rank, size, network.params, network.grads, ops)
+    rule = make_optimizer(optimizer, ops, network.layout, strategy.ranges, np.float32)
+    average = Average(ops, strategy.ranges, 0.9, np.float32)
+    average.start(network.params)
+    return Step(network, Loss("softmax_cross_entropy"), rule, strategy, ops, rows=rows, average=average, **options)
+
+
+def own_slice(comm):
+    return comm.rank * ROWS // comm.size, (comm.rank + 1) * ROWS // comm.size
+
+
+def reference(steps, **options):
+    step = make_step(Alone(), 0, 1, **options)
+    losses = [step.run(Rows(0, ROWS, k, weighted=True), k, 0.01).loss for k in range(steps)]
+    return step, losses
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", ["ring", "native"])
+@pytest.mark.parametrize("optimizer", sorted(RULES))
+def test_ranks_take_the_step_of_one_rank(comm, name, whole, optimizer):
+    step = make_step(make_collective(name, Topology(comm)), comm.rank, comm.size, whole=whole, optimizer=optimizer)
+    alone, losses = reference(5, optimizer=optimizer)
+    for k in range(5):
+        result = step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01, check=True)
+        assert result.replicas_agree and not result.skipped and result.rows == ROWS
+        assert result.loss == pytest.approx(losses[k], rel=2e-5)
+    np.testing.assert_allclose(step.network.params, alone.network.params, rtol=2e-4, atol=2e-5)
+    everyone = np.empty((comm.size, step.network.params.size), np.float32)
+    comm.Allgather(step.network.params, everyone)
+    assert (everyone.view(np.uint32) == everyone.view(np.uint32)[0]).all()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_sliced_and_whole_updates_give_the_same_bits(comm, optimizer):
+    ring = make_collective("ring", Topology(comm))
+    results = []
+    for whole in (False, True):
+        step = make_step(ring, comm.rank, comm.size, whole=whole, optimizer=optimizer)
+        for k in range(4):
+            step.run(Rows(*own_slice(comm), k), k, 0.01)
+        average = step.strategy.whole(step.average.array)
+        results.append((step.network.params.copy(), average))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.mpi
+def test_micro_batches_and_clipping_do_not_depend_on_the_ranks(comm):
+    options = {"micro_batches": 3, "clip_norm": 0.05}
+    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size, **options)
+    alone, _ = reference(3, **options)
+    for k in range(3):
+        result = step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01)
+        assert result.grad_norm > 0.05
+    np.testing.assert_allclose(step.network.params, alone.network.params, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.mpi
+def test_dropout_masks_do_not_depend_on_the_ranks(comm):
+    spec = NetworkSpec((7, 19, 3), "relu", dropout=0.4)
+    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size, spec=spec, seed=5)
+    alone, losses = reference(4, spec=spec, seed=5)
+    got = [step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01).loss for k in range(4)]
+    np.testing.assert_allclose(got, losses, rtol=2e-5)
+
+
+@pytest.mark.mpi
+def test_one_rank_with_nan_makes_all_ranks_skip_alike(comm):
+    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size)
+    before = step.network.params.copy()
+    batch = Rows(*own_slice(comm))
+    if comm.rank == comm.size - 1:
+        batch.source[:] = np.nan
+    result = step.run(batch, 0, 0.01)
+    assert result.skipped
+    np.testing.assert_array_equal(step.network.params, before)
+    after = step.run(Rows(*own_slice(comm)), 1, 0.01)
+    assert not after.skipped and np.isfinite(step.network.params).all()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_replica_that_drifts_is_seen_by_all_at_the_next_check(comm):
+    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size)
+    step.run(Rows(*own_slice(comm)), 0, 0.01, check=True)
+    if comm.rank == 1:
+        step.network.params.view(np.uint32)[5] ^= 1
+    result = step.run(Rows(*own_slice(comm)), 1, 0.01, check=True)
+    assert not result.replicas_agree and result.skipped
+
+
+@pytest.mark.mpi
+def test_a_stop_asked_by_one_rank_reaches_all_in_the_same_step(comm):
+    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size)
+    assert not step.run(Rows(*own_slice(comm)), 0, 0.01).stop
+    assert step.run(Rows(*own_slice(comm)), 1, 0.01, stop=comm.rank == comm.size - 1).stop
+    assert not step.run(Rows(*own_slice(comm)), 2, 0.01).stop
+
+
+@pytest.mark.mpi
+def test_ranks_without_samples_take_part(comm):
+    """Only the last rank has samples: the others' empty batches are ordinary."""
+    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size)
+    alone, losses = reference(2)
+    last = comm.rank == comm.size - 1
+    for k in range(2):
+        batch = Rows(0, ROWS, k, weighted=True) if last else Rows(0, 0, k, weighted=True)
+        assert step.run(batch, k, 0.01).loss == pytest.approx(losses[k], rel=2e-5)
+    np.testing.assert_allclose(step.network.params, alone.network.params, rtol=2e-4, atol=2e-5)
