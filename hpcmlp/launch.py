@@ -1,6 +1,7 @@
 """Decide BLAS threads, MPI yielding, thread level and launcher size before NumPy and MPI load."""
 
 import os
+import platform
 import sys
 import warnings
 from array import array
@@ -51,6 +52,9 @@ def open_world() -> World:
     """
     # Network file systems often have no locks, and shards are written once and then only read.
     os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
+    # h5py asks for this when it is imported, and the standard library would start `uname -p` to answer: on every
+    # rank, and after MPI, where a fork is not safe.
+    platform.uname().__dict__.setdefault("processor", platform.machine())
     expected, variable = launcher_size(os.environ)
     crowded = _expect_oversubscription(os.environ)
     if crowded:

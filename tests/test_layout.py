@@ -17,7 +17,7 @@ LAYERS = [("errors",), ("launch",), ("ops",), ("nn", "comm", "data"), ("sync",),
 # Within a folder a module imports only what stands before it; the folder's own name is its __init__.
 INSIDE = {
     "ops": "counter activations losses plain blocked _fused host device ops",
-    "nn": "nn layout initializers losses network optimizers schedules metrics auc",
+    "nn": "nn layout losses network initializers optimizers schedules metrics auc",
     "comm": "exact_sum messages topology agreement ring native shared comm",
     "data": "data files guard layouts tables csv_numbers manifest order arrays csv_reader hdf5_reader idx_reader "
             "npz_reader parquet_reader readers row_file splits statistics download sources targets preprocess cleaning "

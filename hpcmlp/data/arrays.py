@@ -96,7 +96,7 @@ class Fields(Table):
         self.name = file.name
         (self.num_rows,), dtype = file.shapes[array]
         kinds = {name: dtype[name] for name in dtype.names}
-        self.columns = tuple(n for n, kind in kinds.items() if kind.kind in "fiubSU" and kind.metadata is None)
+        self.columns = tuple(n for n, kind in kinds.items() if kind.kind in "fiubSU")
         left_out = [n for n in kinds if n not in self.columns]
         if left_out:
             self.notes = (f"{self.name}: fields left out because they hold no plain values: {', '.join(left_out)}",)

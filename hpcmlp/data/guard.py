@@ -71,7 +71,7 @@ def _check_path(file: Any, name: str, outside: Callable[[str], bool] | None) -> 
 
 def check_dtype(dtype: np.dtype, texts: bool = False) -> None:
     """Raise Refused unless `dtype` is plain numbers (or, with `texts`, texts of fixed length). Local."""
-    if texts and dtype.kind in "SU" and dtype.metadata is None and 0 < dtype.itemsize <= _TEXT_LIMIT_BYTES:
+    if texts and dtype.kind == "S" and 0 < dtype.itemsize <= _TEXT_LIMIT_BYTES:
         return
     if dtype.kind not in "fiub" or dtype.itemsize > 8:
         raise Refused(f"has type {dtype}; it must hold plain numbers of at most 8 bytes.")

@@ -81,7 +81,7 @@ class Hdf5File:
 
     def _plain_fields(self, dataset: Any) -> Any:
         kinds = dataset.dtype
-        return dataset.fields([n for n in kinds.names if kinds[n].kind in "fiubSU" and kinds[n].metadata is None])
+        return dataset.fields([n for n in kinds.names if kinds[n].kind in "fiubSU"])
 
 
 def _plain(error: Exception) -> str:

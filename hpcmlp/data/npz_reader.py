@@ -9,7 +9,8 @@ import numpy as np
 from hpcmlp.data.layouts import Shapes
 from hpcmlp.errors import DataError, InputMissing
 
-_RATIO_LIMIT = 1100                                    # deflate cannot do better than 1032
+# deflate inflates at most 1032 times; the other methods without bound
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError, KeyError,
            TypeError, SyntaxError, OverflowError, LookupError)
 
@@ -20,7 +21,7 @@ class NpzFile:
     def __init__(self, path: str | os.PathLike):
         self.name = str(path)
         self.shapes: Shapes = {}
-        self._members: dict[str, tuple[zipfile.ZipInfo, bool]] = {}
+        self._members: dict[str, zipfile.ZipInfo] = {}
         self._held: dict[str, np.ndarray] = {}
         try:
             self._archive = zipfile.ZipFile(path)
@@ -39,12 +40,15 @@ class NpzFile:
             return                                     # no array
         if name in self._members:
             raise DataError(f"{self.name}: two arrays are called {name!r}.")
+        if info.compress_type not in _METHODS:
+            raise DataError(f"{self.name}: array {name!r} is compressed by method {info.compress_type}; only stored and "
+                            "deflated ones are read.")
         try:
             with self._archive.open(info) as member:
                 version = np.lib.format.read_magic(member)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else \
                     np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(member)
+                shape, _, dtype = read(member)
                 header = member.tell()
         except _DAMAGE as error:
             raise DataError(f"{self.name}: array {name!r} is damaged ({_plain(error)}).") from None
@@ -55,10 +59,10 @@ class NpzFile:
             size *= int(extent)
         if size + header != info.file_size:
             raise DataError(f"{self.name}: array {name!r} declares {size} bytes and holds {info.file_size - header}.")
-        if info.file_size > _RATIO_LIMIT * max(info.compress_size, 1):
-            raise DataError(f"{self.name}: array {name!r} would inflate {info.compress_size} bytes to "
-                            f"{info.file_size}.")
-        self._members[name] = (info, fortran)
+        if info.file_size > _memory_bytes():
+            raise DataError(f"{self.name}: array {name!r} needs {info.file_size} bytes; this machine has "
+                            f"{_memory_bytes()}: use HDF5, which is read by ranges.")
+        self._members[name] = info
         self.shapes[name] = (tuple(int(n) for n in shape), dtype)
 
     def read(self, array: str, start: int, stop: int) -> np.ndarray:
@@ -68,7 +72,7 @@ class NpzFile:
 
     def _load(self, array: str) -> np.ndarray:
         try:
-            with self._archive.open(self._members[array][0]) as member:
+            with self._archive.open(self._members[array]) as member:
                 values = np.lib.format.read_array(member, allow_pickle=False)
                 if member.read(1):
                     raise ValueError("bytes after its end")
@@ -77,6 +81,10 @@ class NpzFile:
         except _DAMAGE as error:
             raise DataError(f"{self.name}: array {array!r} is damaged ({_plain(error)}).") from None
         return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _plain(error: Exception) -> str:

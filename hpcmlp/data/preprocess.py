@@ -181,9 +181,9 @@ class Preprocessor:
                 places.append(place)
                 place += 1
             self._fill(wide, places, table, numbers[rows], report)
-        wide -= np.array(self.shift)
-        wide *= np.array(self.scale)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            wide -= np.array(self.shift)
+            wide *= np.array(self.scale)
             out[rows] = wide
         if not np.isfinite(out[rows]).all():
             row, column = np.argwhere(~np.isfinite(out[rows]))[0]

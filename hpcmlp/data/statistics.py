@@ -64,7 +64,8 @@ def block_moments(values: np.ndarray | list[np.ndarray], rows: np.ndarray, use: 
                 block[:, column] = v[start:stop][used]
         else:
             block[:] = values[start:stop][used]
-        out[k] = _moments_of(block)
+        with np.errstate(over="ignore", invalid="ignore"):             # numbers near the end of float64's range
+            out[k] = _moments_of(block)
     return out
 
 
@@ -78,17 +79,18 @@ def _moments_of(block: np.ndarray) -> np.ndarray:
     if fine.all():
         out[0] = block.shape[0]
         out[1] = block.sum(axis=0) / out[0]
-        block_low, block_high = block.min(axis=0), block.max(axis=0)
+        out[3], out[4] = block.min(axis=0), block.max(axis=0)
         block -= out[1]
-        np.square(block, out=block)
     else:
         out[0] = fine.sum(axis=0)
         out[1] = np.where(fine, block, 0.0).sum(axis=0) / np.maximum(out[0], 1.0)
-        block_low = np.where(fine, block, np.inf).min(axis=0)
-        block_high = np.where(fine, block, -np.inf).max(axis=0)
-        block = np.square(np.where(fine, block - out[1], 0.0))
-    out[2] = block.sum(axis=0)
-    out[3], out[4] = block_low, block_high
+        out[3] = np.where(fine, block, np.inf).min(axis=0)
+        out[4] = np.where(fine, block, -np.inf).max(axis=0)
+        block = np.where(fine, block - out[1], 0.0)
+    # what rounding left in the mean, and its share of the squares
+    rest = block.sum(axis=0) / np.maximum(out[0], 1.0)
+    out[1] += rest
+    out[2] = np.maximum(np.square(block, out=block).sum(axis=0) - out[0] * rest * rest, 0.0)
     return out
 
 
@@ -99,9 +101,10 @@ def merge_moments(blocks: np.ndarray) -> Moments:
     for n, m, s, _, _ in blocks:
         total = count + n
         share = np.divide(n, total, out=np.zeros(width), where=total > 0)
-        delta = m - mean
-        mean = mean + delta * share
-        squares = squares + s + delta * delta * count * share
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta = m - mean
+            mean = mean + delta * share
+            squares = squares + s + delta * delta * count * share
         count = total
     low = blocks[:, 3].min(axis=0, initial=np.inf)
     high = blocks[:, 4].max(axis=0, initial=-np.inf)
@@ -166,7 +169,8 @@ def scaling(kind: str, moments: Moments, quartiles: np.ndarray | None = None) ->
     if kind == "standard":
         shift, spread = moments.mean, moments.std
     elif kind == "min-max":
-        shift, spread = moments.low, moments.high - moments.low
+        with np.errstate(over="ignore", invalid="ignore"):
+            shift, spread = moments.low, moments.high - moments.low
     else:
         shift, spread = quartiles[1], quartiles[2] - quartiles[0]
         spread = np.where(spread > 0, spread, moments.std)

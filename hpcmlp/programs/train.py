@@ -1,5 +1,6 @@
 """Train a network on all ranks and keep everything needed to use or resume it."""
 
+import math
 import os
 import statistics
 import time
@@ -28,7 +29,7 @@ from hpcmlp.ops import open_ops
 from hpcmlp.run import checkpoint
 from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, replica_error, versions
 from hpcmlp.run.curves import draw_curves
-from hpcmlp.run.directory import RunDirectory, check_same_run, to_json
+from hpcmlp.run.directory import RunDirectory, check_same_run, finite, to_json
 from hpcmlp.run.evaluation import evaluate_split
 from hpcmlp.run.faults import planned_fault
 from hpcmlp.run.session import Session
@@ -61,7 +62,9 @@ def main(config: TrainConfig, comm: Any) -> int:
         if comm.rank == 0:
             directory = RunDirectory(config.out, config.resume)
     try:
-        return Training(config, topology, manifest, directory).run()
+        # Whether numbers are finite is decided from the control words; NumPy's warnings would only add noise.
+        with np.errstate(all="ignore"):
+            return Training(config, topology, manifest, directory).run()
     finally:
         if directory is not None:
             directory.release()
@@ -143,10 +146,12 @@ class Training:
             self.spec = NetworkSpec((manifest.num_features, *config.hidden,
                                      self.loss.num_outputs(manifest.task, manifest.num_outputs)),
                                     config.activation, config.dropout, config.layer_norm, config.residual)
-        self.steps_per_epoch = self.loader.steps_per_epoch
-        epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
-        self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
-        self.schedule = self._schedule()
+            self.steps_per_epoch = self.loader.steps_per_epoch
+            epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
+            self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
+            self.schedule = self._schedule()
+            self.hyper = chosen(config, f"--optimizer {config.optimizer}", HYPER[config.optimizer], HYPER)
+            make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self.hyper)  # checks them
         self._plan_step()
         self.monitor = config.monitor if config.monitor != "auto" else \
             ("accuracy" if manifest.task == "classification" else "loss")
@@ -181,8 +186,7 @@ class Training:
         buckets = cut(layout.size, closings, int(c.bucket_mb * 2**20) // 4, topology.size)
         self.strategy = make_strategy(c.full_update)(make_collective(c.sync, topology), buckets, topology.rank,
                                                      topology.size, self.network.params, self.network.grads, ops)
-        hyper = chosen(c, f"--optimizer {c.optimizer}", HYPER[c.optimizer], HYPER)
-        optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **hyper)
+        optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
         average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
         if average is not None:
             average.start(self.network.params)
@@ -286,12 +290,13 @@ class Training:
                 raise replica_error(self.comm, self.ops.checksum(self.network.params), number)
             skips = skips + 1 if result.skipped else 0
             self._account(result, number, epoch, loaded - begin, time.perf_counter() - begin, log)
-            if skips >= MOST_SKIPS:
+            final = number + 1 == self.total_steps
+            if skips >= (min(MOST_SKIPS, self.steps_per_epoch) if final else MOST_SKIPS):
                 raise _alike(RunFailed(f"{skips} steps in a row, the last at step {number + 1}, had a loss or gradient "
                                        "that is not finite; lower --lr, add --warmup-steps or --clip-norm, or check "
                                        "the data."))
             ended = self._end_epoch(epoch) if t == self.steps_per_epoch - 1 else False
-            last = ended or number + 1 == self.total_steps
+            last = ended or final
             every = c.checkpoint_every or self.steps_per_epoch
             if last or result.stop or (number + 1) % every == 0:
                 self._save()
@@ -356,8 +361,8 @@ class Training:
                                      f"{', '.join(sorted(val))}."))
         value = val[self.monitor]
         sign = -1.0 if self.monitor.startswith(HIGHER_IS_BETTER) else 1.0
-        if progress.best_value is None or sign * value < sign * progress.best_value:
-            progress.best_value, progress.best_step, progress.best_val = value, progress.step, val
+        if math.isfinite(value) and (progress.best_value is None or sign * value < sign * progress.best_value):
+            progress.best_value, progress.best_step, progress.best_val = value, progress.step, finite(val)
             progress.worse = 0
             self.session.keep_best(usable)
         else:
@@ -426,7 +431,8 @@ class Training:
             {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
              "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": c.sync, "device": c.device,
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
-             "skipped_updates": progress.skipped, "parameters_sha256": layout.sha256(flat),
+             "skipped_updates": progress.skipped,
+             "parameters_sha256": layout.sha256(flat),
              "num_params": layout.num_params,
              "samples_per_s": min(c.global_batch_size, self.manifest.rows("train")) / median if median else None,
              "step_s": median, "wall_s": progress.seconds, "versions": versions()}) + "\n")

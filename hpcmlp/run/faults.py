@@ -1,7 +1,7 @@
 """Faults on purpose, for tests: HPCMLP_FAULT="rank=1,step=40,act=kill" in the environment.
 
 `rank` and `step` select where; without them every rank, every step. `act` is one of: kill, stop (SIGSTOP), spin (for
-ever), sleep:SECONDS, raise, exit:CODE, flip (one bit of the parameters). Unset, it costs one `is None` a step.
+ever), sleep:SECONDS, signal:NAME (such as SIGUSR1, to this rank alone), raise, exit:CODE, flip (one bit of the parameters). Unset, it costs one `is None` a step.
 """
 
 import os
@@ -25,6 +25,8 @@ class Fault:
             return
         if self.act in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if self.act == "kill" else signal.SIGSTOP)
+        elif self.act == "signal":
+            os.kill(os.getpid(), signal.Signals[self.argument])
         elif self.act == "sleep":
             time.sleep(float(self.argument))
         elif self.act == "raise":
@@ -38,7 +40,7 @@ class Fault:
                 pass
 
 
-ACTS = ("kill", "stop", "spin", "sleep", "raise", "exit", "flip")
+ACTS = ("kill", "stop", "spin", "signal", "sleep", "raise", "exit", "flip")
 
 
 def planned_fault(rank: int) -> Fault | None:
