@@ -35,7 +35,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lamb", "lars")
 SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
 INITIALIZERS = ("auto", "he", "he_normal", "he_uniform", "glorot", "glorot_normal", "glorot_uniform", "lecun",
                 "lecun_normal", "lecun_uniform", "torch")
-SYNCS = ("ring", "native")
+SYNCS = ("auto", "shared", "ring", "native")
 DEVICES = ("cpu", "gpu")
 SPLITS = ("train", "val", "test")
 
@@ -149,7 +149,8 @@ class TrainConfig:
     test: bool = option(True, help="evaluate the test split once at the end")
     # how it runs
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
-    sync: str = option("ring", choices=SYNCS, help="how gradients are combined: our ring, or the MPI library's own")
+    sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
+                       "nodes), ring, or native (the MPI library's own); auto: shared where ranks share a node")
     full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
                                "form, for comparison)")
     bucket_mb: float = option(32.0, above=0.0, help="size of a bucket of gradients, MiB")
@@ -218,7 +219,7 @@ class BenchConfig:
     sizes: tuple = option((784, 256, 128, 10), kind=int, many=True, low=1, help="widths from input to output")
     global_batch_size: int = option(128, low=1, help="samples of one step over all ranks")
     steps: int = option(200, low=5, help="timed steps")
-    sync: str = option("ring", choices=SYNCS, help="how gradients are combined")
+    sync: str = option("auto", choices=SYNCS, help="how gradients are combined")
     optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     json: bool = option(False, help="print one JSON object and nothing else")

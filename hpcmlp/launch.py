@@ -112,17 +112,6 @@ def launcher_size(environ: dict[str, str]) -> tuple[int | None, str]:
 
 
 def launcher_rank() -> int:
-    """Return this process's rank by the launcher's variables, 0 without a launcher.
-
-    Local: says who may speak about an error before MPI is up.
-    """
-    for name in RANK_VARIABLES:
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
-
-
-def launcher_rank() -> int:
     """Return this process's rank as its launcher has numbered it, 0 without a launcher; starts no MPI.
 
     Local: for the one who speaks while MPI cannot be asked.

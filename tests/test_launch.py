@@ -189,8 +189,8 @@ def test_a_rank_is_ready_after_few_calls_to_the_installation(run_ranks, tmp_path
     result = run_ranks(2, *train, "run0", cwd=tmp_path)         # so that all byte code is there
     assert result.returncode == 0, result.stderr
     # Each rank under its own strace; rank 0 has the log, the pictures and the checkpoints besides.
-    script = ("import os, sys\nos.execvp('strace', ['strace', '-f', '-e', 'trace=%file', '-o', 'calls.' + "
-              "os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK', '0')), sys.executable, *sys.argv[1:]])")
+    script = ("import os, sys\nfrom hpcmlp.launch import launcher_rank\nos.execvp('strace', ['strace', '-f', '-e', "
+              "'trace=%file', '-o', f'calls.{launcher_rank()}', sys.executable, *sys.argv[1:]])")
     # A path in PYTHONPATH costs one more call for each import; an installed package does without.
     installed = run_ranks(0, "-c", "import hpcmlp", cwd=tmp_path, env={"PYTHONPATH": None}).returncode == 0
     result = run_ranks(2, "-c", script, *train, "run", cwd=tmp_path, env={"PYTHONPATH": None} if installed else {})

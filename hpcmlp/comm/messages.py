@@ -125,6 +125,14 @@ def barrier(comm: MPI.Intracomm) -> None:
     comm.Barrier()
 
 
+def aligned_zeros(size: int, dtype: np.dtype | type, alignment: int = 64) -> np.ndarray:
+    """Return a zeroed (size,) array whose memory starts at a multiple of `alignment` bytes. Local."""
+    dtype = np.dtype(dtype)
+    raw = np.zeros(size * dtype.itemsize + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start:start + size * dtype.itemsize].view(dtype)
+
+
 def pieces(array: np.ndarray, limit_bytes: int = LIMIT_BYTES) -> Iterator[np.ndarray]:
     """Yield 1-D views that cover the contiguous `array` in order, each at most `limit_bytes` (at least one element).
 

@@ -6,7 +6,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmlp.comm.exact_sum import join, num_bins, split
-from hpcmlp.comm.messages import LIMIT_BYTES, broadcast, pieces, sum_in_place
+from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, broadcast, pieces, sum_in_place
 
 Bounds = Sequence[int] | np.ndarray
 
@@ -20,11 +20,19 @@ class Native:
 
     def __init__(self, comm: MPI.Intracomm, limit_bytes: int = LIMIT_BYTES):
         self.comm = comm.Dup()
-        self.rank = comm.rank
+        self.rank = self.part = comm.rank    # part: which part of the bounds this rank gets
         self.size = comm.size
         self.limit_bytes = limit_bytes
         self._work = np.empty(0, np.uint8)
         self._bins = np.empty((num_bins(self.size), 0))
+
+    def empty(self, size: int, dtype: np.dtype | type) -> np.ndarray:
+        """Return a zeroed (size,) array of this rank, 64-byte aligned, that the collectives handle well. Local."""
+        return aligned_zeros(size, dtype)
+
+    def common(self, size: int, dtype: np.dtype | type) -> np.ndarray:
+        """Return a zeroed (size,) array for what is the same on all ranks; here every rank has its own. Local."""
+        return aligned_zeros(size, dtype)
 
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
         """Sum over the ranks; rank r gets the sum of its part, `array[bounds[r]:bounds[r+1]]`, in place.

@@ -49,13 +49,20 @@ def _as_name(value: Any) -> str:
     return value if isinstance(value, str) else number_text(value)
 
 
+def as_matrix(y: np.ndarray) -> np.ndarray:
+    """Return targets as (n, k), also where n is 0. Local."""
+    return y[:, None] if y.ndim == 1 else y
+
+
 def missing_targets(y: np.ndarray) -> np.ndarray:
     """Return which rows have no target or NaN: (n,) bool. Local."""
     if y.dtype == object:
-        return np.array([v is None for v in y.ravel()], bool).reshape(y.shape[0], -1).any(axis=1)
-    if y.dtype.kind != "f":
+        lost = np.array([v is None for v in y.ravel()], bool).reshape(y.shape)
+    elif y.dtype.kind == "f":
+        lost = np.isnan(y)
+    else:
         return np.zeros(y.shape[0], bool)
-    return np.isnan(y.reshape(y.shape[0], -1)).any(axis=1)
+    return lost if y.ndim == 1 else lost.any(axis=1)
 
 
 def describe_targets(y: np.ndarray) -> TargetFacts:
@@ -117,7 +124,7 @@ class Targets:
             return self._encode_classes(y, table, rows)
         if y.dtype == object:
             y = _target_numbers(y, self.task, table, rows)
-        values = y.reshape(len(y), -1).astype(np.float64)
+        values = as_matrix(y).astype(np.float64)
         if values.shape[1] != len(self.names):
             raise DataError(f"{table.name}: has {values.shape[1]} targets; {len(self.names)} are expected.")
         wrong = ~np.isfinite(values) if self.task == "regression" else (values != 0) & (values != 1)

@@ -6,7 +6,9 @@ gelu and silu (`NEEDS_PRE`) need the pre-activation. At the kink of relu and lea
 """
 
 import math
+from typing import Any
 
+Array = Any  # an array of the module `xp`
 KINDS = ("identity", "relu", "leaky_relu", "gelu", "silu", "elu", "selu", "tanh", "sigmoid", "softplus")
 NEEDS_PRE = frozenset({"gelu", "silu"})
 LEAKY_SLOPE = 0.01
@@ -16,7 +18,7 @@ SQRT_HALF = math.sqrt(0.5)
 INV_SQRT_2PI = 1.0 / math.sqrt(2.0 * math.pi)
 
 
-def activate(xp, kind, pre):
+def activate(xp: Any, kind: str, pre: Array) -> Array:
     """Return f(pre), same shape and dtype.
 
     Local.
@@ -24,7 +26,7 @@ def activate(xp, kind, pre):
     return _FORWARD[kind](xp, pre)
 
 
-def activate_backward(xp, kind, da, out, pre):
+def activate_backward(xp: Any, kind: str, da: Array, out: Array | None, pre: Array | None) -> Array:
     """Return da * f'(pre), from `out` = f(pre) or, for the kinds in `NEEDS_PRE`, from `pre`.
 
     Local.
@@ -32,7 +34,7 @@ def activate_backward(xp, kind, da, out, pre):
     return _BACKWARD[kind](xp, da, out, pre)
 
 
-def sigmoid(xp, x):
+def sigmoid(xp: Any, x: Array) -> Array:
     """Return 1 / (1 + exp(-x)) without overflow on either side.
 
     Local.
@@ -41,7 +43,7 @@ def sigmoid(xp, x):
     return xp.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
-def softplus(xp, x):
+def softplus(xp: Any, x: Array) -> Array:
     """Return log(1 + exp(x)) without overflow, exact also where PyTorch switches to x (x > 20).
 
     Local.
@@ -49,7 +51,7 @@ def softplus(xp, x):
     return xp.maximum(x, 0.0) + xp.log1p(xp.exp(-xp.abs(x)))
 
 
-def erf(xp, x):
+def erf(xp: Any, x: Array) -> Array:
     """Return the error function by the rational approximations of W. J. Cody, to rounding in float64.
 
     Local.

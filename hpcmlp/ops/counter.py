@@ -7,15 +7,18 @@ Sources: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", O
 D. Stafford, variant 13); C. Wellons, "Prospecting for hash functions", 2018 (the multipliers of the 32-bit hash).
 """
 
+from typing import Any
+
 import numpy as np
 
+Array = Any  # an array of the module `xp`
 MASK64 = (1 << 64) - 1
 GOLDEN64 = 0x9E3779B97F4A7C15
 MIX64_A, MIX64_B = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 GOLDEN32, MIX32_A, MIX32_B = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 
-def mix64(*words):
+def mix64(*words: int | np.ndarray) -> int | np.ndarray:
     """Mix integers into one 64-bit key.
 
     Local.
@@ -30,7 +33,7 @@ def mix64(*words):
     return key
 
 
-def row_keys(seed, step, layer, first, n, xp=np):
+def row_keys(seed: int, step: int, layer: int, first: int, n: int, xp: Any = np) -> Array:
     """Return the keys of the rows first .. first + n - 1 of one layer at one step.
 
     Local.
@@ -42,7 +45,7 @@ def row_keys(seed, step, layer, first, n, xp=np):
     return mix64_array(base, rows)
 
 
-def mix64_array(key, words):
+def mix64_array(key: int, words: Array) -> Array:
     """Mix one more word, a uint64 array of any array module, into the integer key of the words before it.
 
     Local.
@@ -50,7 +53,7 @@ def mix64_array(key, words):
     return _finalize(words ^ words.dtype.type(key))
 
 
-def uniform_bits(keys, columns, xp=np):
+def uniform_bits(keys: Array, columns: int, xp: Any = np) -> Array:
     """Return 32 uniform random bits for every (row, column).
 
     Local.
@@ -72,7 +75,7 @@ def uniform_bits(keys, columns, xp=np):
     return bits
 
 
-def threshold(rate):
+def threshold(rate: float) -> int:
     """Return the 32-bit threshold below which a share `rate` of the uniform bits falls.
 
     Local.

@@ -5,12 +5,15 @@ The gradient is that of the sum of the row losses. Row weights are what a row co
 weight (class weights of the cross entropy, as in PyTorch). Multi-column losses are the mean over the columns.
 """
 
+from typing import Any
+
+Array = Any  # an array of the module `xp`
 KINDS = (
     "softmax_cross_entropy", "binary_cross_entropy", "mean_squared", "mean_absolute", "huber", "quantile",
 )
 
 
-def row_losses(xp, kind, logits, targets, options):
+def row_losses(xp: Any, kind: str, logits: Array, targets: Array, options: dict) -> tuple[Array, Array, Array | None]:
     """Return (row losses, gradient, row weights or None) of the loss `kind`.
 
     Local.

@@ -5,9 +5,13 @@ C-contiguous, weights (out, in) as in PyTorch, n is the number of rows in use an
 more, an output may be the input of the same shape and must not overlap another one.
 """
 
+from typing import Any
+
 import numpy as np
 
 from hpcmlp.ops import activations, counter, losses
+
+Array = Any  # an array of the module in use: numpy.ndarray or cupy.ndarray
 
 LAYER_NORM_EPS = 1e-5
 
@@ -19,40 +23,42 @@ class PlainOps:
     ACTIVATIONS = activations.KINDS
     LOSSES = losses.KINDS
 
-    def __init__(self, xp=np):
+    def __init__(self, xp: Any = np):
         self.xp = xp
 
     # Memory
 
-    def empty(self, shape, dtype):
+    def empty(self, shape: int | tuple[int, ...], dtype: type) -> Array:
         """Return an array with undefined content.
 
         Local.
         """
         return self.xp.empty(shape, dtype)
 
-    def zeros(self, shape, dtype):
+    def zeros(self, shape: int | tuple[int, ...], dtype: type) -> Array:
         """Return an array of zeros.
 
         Local.
         """
         return self.xp.zeros(shape, dtype)
 
-    def to_host(self, a, out):
+    def to_host(self, a: Array, out: Array) -> None:
         """Copy an array of this side into the NumPy array `out`.
 
         Local.
         """
         out[...] = a
 
-    def from_host(self, a, out):
+    def from_host(self, a: Array, out: Array) -> None:
         """Copy the NumPy array `a` into an array of this side.
 
         Local.
         """
         out[...] = a
 
-    def gather(self, source, rows, out, shift=None, scale=None):
+    def gather(
+        self, source: Array, rows: Array, out: Array, shift: Array | None = None, scale: Array | None = None
+    ) -> None:
         """Write out[i] = (source[rows[i]] - shift) * scale, in the dtype of `out`.
 
         Local.
@@ -66,7 +72,7 @@ class PlainOps:
 
     # Layers
 
-    def linear(self, x, w, b, pre):
+    def linear(self, x: Array, w: Array, b: Array | None, pre: Array) -> None:
         """Write pre = x @ w.T + b.
 
         Local.
@@ -77,7 +83,9 @@ class PlainOps:
         if b is not None:
             pre += b
 
-    def linear_activation(self, x, w, b, kind, out, pre=None):
+    def linear_activation(
+        self, x: Array, w: Array, b: Array | None, kind: str, out: Array, pre: Array | None = None
+    ) -> None:
         """Write out = f(x @ w.T + b); kinds in `NEEDS_PRE` leave x @ w.T + b in `pre`, for the others it is None.
 
         Local.
@@ -88,14 +96,16 @@ class PlainOps:
         self.linear(x, w, b, z)
         self.activation(kind, z, out)
 
-    def activation(self, kind, pre, out):
+    def activation(self, kind: str, pre: Array, out: Array) -> None:
         """Write out = f(pre).
 
         Local.
         """
         out[...] = activations.activate(self.xp, kind, pre)
 
-    def activation_backward(self, kind, da, out, pre, dz, db=None):
+    def activation_backward(
+        self, kind: str, da: Array, out: Array | None, pre: Array | None, dz: Array, db: Array | None = None
+    ) -> None:
         """Write dz = da * f'(.), and into db (k,) the column sums of dz when it is given.
 
         Local.
@@ -106,7 +116,7 @@ class PlainOps:
         if db is not None:
             self.column_sum(dz, db)
 
-    def linear_backward(self, dz, x, w, dw, dx=None):
+    def linear_backward(self, dz: Array, x: Array, w: Array, dw: Array, dx: Array | None = None) -> None:
         """Write dw = dz.T @ x, and dx = dz @ w when dx is given.
 
         Local.
@@ -117,14 +127,17 @@ class PlainOps:
         if dx is not None:
             self.xp.matmul(dz, w, out=dx)
 
-    def column_sum(self, dz, db):
+    def column_sum(self, dz: Array, db: Array) -> None:
         """Write db[j] = sum of dz[:, j]: the bias gradient.
 
         Local.
         """
         db[...] = dz.sum(axis=0, dtype=self.xp.float64)
 
-    def layer_norm(self, x, gamma, beta, out, mean, rstd, eps=LAYER_NORM_EPS):
+    def layer_norm(
+        self, x: Array, gamma: Array, beta: Array, out: Array, mean: Array, rstd: Array,
+        eps: float = LAYER_NORM_EPS,
+    ) -> None:
         """Write out = (x - mean) * rstd * gamma + beta per row; biased variance, eps inside the root, as in PyTorch.
 
         Local.
@@ -136,7 +149,10 @@ class PlainOps:
         rstd[...] = 1.0 / self.xp.sqrt((centred * centred).mean(axis=1) + eps)
         out[...] = centred * rstd[:, None] * gamma + beta
 
-    def layer_norm_backward(self, dout, x, gamma, mean, rstd, dx, dgamma, dbeta):
+    def layer_norm_backward(
+        self, dout: Array, x: Array, gamma: Array, mean: Array, rstd: Array, dx: Array, dgamma: Array,
+        dbeta: Array,
+    ) -> None:
         """Write the gradients of `layer_norm`: dx (n, d), dgamma and dbeta (d,). dx may be dout.
 
         Local.
@@ -148,7 +164,7 @@ class PlainOps:
         along = (dnormed * normed).mean(axis=1)
         dx[...] = (dnormed - dnormed.mean(axis=1)[:, None] - normed * along[:, None]) * rstd[:, None]
 
-    def dropout_mask(self, mask, rate, seed, step, layer, first):
+    def dropout_mask(self, mask: Array, rate: float, seed: int, step: int, layer: int, first: int) -> None:
         """Write the keep-mask of rows first .. first + n - 1, a function of (seed, step, layer, row, column) alone.
 
         Local.
@@ -158,7 +174,7 @@ class PlainOps:
         keys = counter.row_keys(seed, step, layer, first, mask.shape[0], self.xp)
         mask[...] = counter.uniform_bits(keys, mask.shape[1], self.xp) >= counter.threshold(rate)
 
-    def dropout(self, a, mask, rate, out):
+    def dropout(self, a: Array, mask: Array, rate: float, out: Array) -> None:
         """Write out = a * mask / (1 - rate); the same for the gradient.
 
         Local.
@@ -167,7 +183,10 @@ class PlainOps:
 
     # Losses
 
-    def loss(self, kind, logits, targets, weights, dlogits, **options):
+    def loss(
+        self, kind: str, logits: Array, targets: Array, weights: Array | None, dlogits: Array | None,
+        **options,
+    ) -> tuple[float, float]:
         """Write the gradient of the loss sum into `dlogits` and return (loss_sum, weight_sum): sums, not means.
 
         Local.
@@ -193,42 +212,42 @@ class PlainOps:
 
     # Vectors
 
-    def add(self, a, b, out):
+    def add(self, a: Array, b: Array, out: Array) -> None:
         """Write out = a + b.
 
         Local.
         """
         self.xp.add(a, b, out=out)
 
-    def add_scaled(self, p, u, factor):
+    def add_scaled(self, p: Array, u: Array, factor: float) -> None:
         """Add factor * u to p.
 
         Local.
         """
         p += u * factor
 
-    def scale(self, g, factor):
+    def scale(self, g: Array, factor: float) -> None:
         """Multiply g by a number, in place.
 
         Local.
         """
         g *= factor
 
-    def sum_squares(self, g):
+    def sum_squares(self, g: Array) -> float:
         """Return the sum of squares of a 1-D array, accumulated in float64.
 
         Local.
         """
         return float((g.astype(self.xp.float64) ** 2).sum())
 
-    def finite(self, g):
+    def finite(self, g: Array) -> bool:
         """Tell whether every element of a 1-D array is finite.
 
         Local.
         """
         return bool(self.xp.isfinite(g).all())
 
-    def checksum(self, p):
+    def checksum(self, p: Array) -> int:
         """Return an integer below 2**53 made of every bit of the 1-D array p and of their positions.
 
         Local.
@@ -241,7 +260,7 @@ class PlainOps:
         return self.finish_checksum(int((words * odd).sum(dtype=xp.uint64)), words.size)
 
     @staticmethod
-    def finish_checksum(total, count):
+    def finish_checksum(total: int, count: int) -> int:
         """Turn the wrapping sum over `count` words into the checksum.
 
         Local.
@@ -250,7 +269,10 @@ class PlainOps:
 
     # Optimizers: in place on 1-D arrays; g is read only, and stands for g * grad_scale
 
-    def sgd(self, p, g, buf, lr, momentum, dampening, nesterov, weight_decay, grad_scale, first):
+    def sgd(
+        self, p: Array, g: Array, buf: Array | None, lr: float, momentum: float, dampening: float,
+        nesterov: bool, weight_decay: float, grad_scale: float, first: bool,
+    ) -> None:
         """Take one step of torch.optim.SGD; `buf` is None without momentum, `first` marks the step that starts it.
 
         Local.
@@ -263,7 +285,10 @@ class PlainOps:
             g = g + momentum * buf if nesterov else buf
         p -= lr * g
 
-    def adam(self, p, g, m, v, lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale):
+    def adam(
+        self, p: Array, g: Array, m: Array, v: Array, lr: float, beta1: float, beta2: float, eps: float,
+        weight_decay: float, decoupled: bool, step: int, grad_scale: float,
+    ) -> None:
         """Take one step of torch.optim.Adam, or AdamW when `decoupled`; `step` counts from 1.
 
         Local.
@@ -281,7 +306,10 @@ class PlainOps:
         v += (1.0 - beta2) * (g * g)
         p -= (lr / (1.0 - beta1**step)) * m / (self.xp.sqrt(v) * (1.0 - beta2**step) ** -0.5 + eps)
 
-    def adam_direction(self, p, g, m, v, u, beta1, beta2, eps, weight_decay, step, grad_scale):
+    def adam_direction(
+        self, p: Array, g: Array, m: Array, v: Array, u: Array, beta1: float, beta2: float, eps: float,
+        weight_decay: float, step: int, grad_scale: float,
+    ) -> None:
         """Update Adam's moments and write u = m' / (sqrt(v') + eps) + weight_decay * p: the direction of LAMB.
 
         Local.
@@ -292,7 +320,10 @@ class PlainOps:
         v += (1.0 - beta2) * (g * g)
         u[...] = m / (1.0 - beta1**step) / (self.xp.sqrt(v) * (1.0 - beta2**step) ** -0.5 + eps) + weight_decay * p
 
-    def rmsprop(self, p, g, v, buf, lr, alpha, eps, momentum, weight_decay, grad_scale):
+    def rmsprop(
+        self, p: Array, g: Array, v: Array, buf: Array | None, lr: float, alpha: float, eps: float,
+        momentum: float, weight_decay: float, grad_scale: float,
+    ) -> None:
         """Take one step of torch.optim.RMSprop, not centred; `buf` is None without momentum.
 
         Local.
@@ -309,7 +340,10 @@ class PlainOps:
             u = buf
         p -= lr * u
 
-    def adagrad(self, p, g, s, lr, eps, lr_decay, weight_decay, step, grad_scale):
+    def adagrad(
+        self, p: Array, g: Array, s: Array, lr: float, eps: float, lr_decay: float, weight_decay: float,
+        step: int, grad_scale: float,
+    ) -> None:
         """Take one step of torch.optim.Adagrad; `step` counts from 1.
 
         Local.
@@ -320,7 +354,7 @@ class PlainOps:
         s += g * g
         p -= (lr / (1.0 + (step - 1) * lr_decay)) * (g / (self.xp.sqrt(s) + eps))
 
-    def ema(self, e, p, decay):
+    def ema(self, e: Array, p: Array, decay: float) -> None:
         """Move the average e towards p: e = decay * e + (1 - decay) * p.
 
         Local.

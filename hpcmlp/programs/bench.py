@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm import make_collective, messages
+from hpcmlp.comm import COLLECTIVES, messages, open_exchange
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import BenchConfig
 from hpcmlp.errors import ConfigError
@@ -64,12 +64,15 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
         raise ConfigError(f"--sizes {config.sizes}: give at least two widths, input and output.")
     ops = open_ops(config.device, topology.local_rank)
     spec = NetworkSpec(tuple(config.sizes))
-    network = Network(spec, ops, max(rows, 1))
+    layout = spec.layout()
+    exchange = open_exchange(config.sync, topology, layout.size, np.float32)
+    on_host = config.device == "cpu"
+    network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
+                      exchange.grads if on_host else None)
     ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
-    layout = network.layout
     closings = sorted((t.start for t in layout.tensors if t.name.endswith(".weight")), reverse=True)
-    strategy = SlicedUpdate(make_collective(config.sync, topology), cut(layout.size, closings, BUCKET_ELEMENTS, size),
-                            rank, size, network.params, network.grads, ops)
+    strategy = SlicedUpdate(exchange.collective, cut(layout.size, closings, BUCKET_ELEMENTS, size), size,
+                            network.params, network.grads, ops)
     optimizer = make_optimizer(config.optimizer, ops, layout, strategy.ranges, np.float32)
     step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows)
     batches = _batches(spec.sizes, rows, rank)
@@ -90,7 +93,7 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
         step_ms.append(_median(topology, whole_step, max(1, config.steps // 5)))
         floor_ms.append(_median(topology, gemms, max(1, config.steps // 5)))
     return {"what": "step", "sizes": list(spec.sizes), "global_batch_size": batch_rows, "ranks": size,
-            "sync": config.sync, "step_ms": statistics.median(step_ms), "floor_ms": statistics.median(floor_ms),
+            "sync": exchange.name, "step_ms": statistics.median(step_ms), "floor_ms": statistics.median(floor_ms),
             "parts": {name: 1e3 * statistics.median(values) for name, values in parts.items()},
             "num_params": layout.num_params}
 
@@ -129,8 +132,8 @@ def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
     return run
 
 
-def _median(topology: Topology, action: Callable[[], None], count: int) -> float:
-    """Return the median over `count` calls of the slowest rank's time, ms. Collective."""
+def _median(topology: Topology, action: Callable[[], None], count: int, skip: int = 0) -> float:
+    """Return the median over `count` calls of the slowest rank's time, ms, but for the first `skip`. Collective."""
     times = np.empty(count)
     messages.barrier(topology.comm)
     for k in range(count):
@@ -138,7 +141,7 @@ def _median(topology: Topology, action: Callable[[], None], count: int) -> float
         action()
         times[k] = time.perf_counter() - begin
     messages.max_in_place(topology.comm, times)
-    return 1e3 * float(np.median(times))
+    return 1e3 * float(np.median(times[skip:]))
 
 
 def time_gemm(config: BenchConfig, topology: Topology) -> dict[str, Any]:
@@ -157,20 +160,16 @@ def time_comm(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
     """Return the time of an all-reduce for each algorithm and size. Collective."""
     rows = []
     for num_bytes in COMM_BYTES:
-        array = np.ones(num_bytes // 4, np.float32)
         count = max(5, min(config.steps, int(2e8 / max(num_bytes, 2e5))))
-        for algorithm in ("ring", "native"):
-            collective = make_collective(algorithm, topology)
-
-            def action(collective: Any = collective, array: np.ndarray = array) -> None:
-                collective.all_reduce(array)
-                array *= np.float32(1.0 / topology.size)
-
-            _median(topology, action, 3)
-            us = 1e3 * _median(topology, lambda c=collective, a=array: c.all_reduce(a), count)
-            array[:] = 1.0
-            rows.append({"algorithm": algorithm, "bytes": num_bytes, "ranks": topology.size, "us": us,
+        for algorithm in COLLECTIVES:
+            exchange = open_exchange(algorithm, topology, num_bytes // 4, np.float32)
+            array = exchange.grads
+            us = 1e3 * _median(topology, lambda c=exchange.collective, a=array: c.all_reduce(a), 2 * count, skip=count)
+            rows.append({"algorithm": exchange.name, "bytes": num_bytes, "ranks": topology.size, "us": us,
                          "gb_per_s": num_bytes / us / 1e3})
+            del array
+            exchange.params = exchange.grads = None
+            exchange.collective.free()
     return rows
 
 

@@ -1,5 +1,6 @@
 """Turn a named data set or files into a data set directory of HDF5 shards."""
 
+import glob
 import json
 import time
 from collections import Counter
@@ -11,7 +12,7 @@ import numpy as np
 
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.messages import all_gather_bytes, broadcast_bytes, gather_bytes, sum_in_place
-from hpcmlp.config import PrepareConfig
+from hpcmlp.config import PrepareConfig, nearest
 from hpcmlp.data.cleaning import Policy, check_weights, judge, take
 from hpcmlp.data.csv_numbers import NUMBER
 from hpcmlp.data.files import check_new_directory, discard_directory, new_directory, publish_directory
@@ -33,8 +34,17 @@ from hpcmlp.data.statistics import (
     scaling,
 )
 from hpcmlp.data.tables import Rows, as_text
-from hpcmlp.data.targets import TargetFacts, Targets, check_task, choose_task, class_names, describe_targets, name_some
-from hpcmlp.errors import ConfigError, DataError
+from hpcmlp.data.targets import (
+    TargetFacts,
+    Targets,
+    as_matrix,
+    check_task,
+    choose_task,
+    class_names,
+    describe_targets,
+    name_some,
+)
+from hpcmlp.errors import ConfigError, DataError, InputMissing
 
 _CLASSES_SHOWN = 20
 _COLUMNS_SHOWN = 8
@@ -106,6 +116,9 @@ def open_source(config: PrepareConfig, comm: Any) -> Selection:
         if named:
             parts: list[SourcePart] = open_named(named.name, files, config.rows, config.seed)
         else:
+            if not Path(config.source).exists() and not glob.has_magic(config.source):
+                raise InputMissing(f"{config.source}: no such file or directory, and no named data set "
+                                   f"({', '.join(NAMED)}){nearest(config.source, list(NAMED)) or '.'}")
             parts = open_parts(config.source, config.x, config.target or config.y, config.weight)
         target = config.target or config.y
         if named and not parts[0].table.matrix:
@@ -217,7 +230,7 @@ def fit(config: PrepareConfig, source: Selection, raw: Raw, places: Places, targ
         comm: Any) -> Preprocessor:
     """Fit fills, levels and scaling on the training rows. Collective over `comm`; the same bits at any rank count."""
     if targets.task == "regression" and config.normalize_targets == "standard":
-        y = raw.y.reshape(len(raw.y), -1)
+        y = as_matrix(raw.y)
         with agreed(comm):
             targets.encode(raw.y, source.table, raw.numbers)        # refuses what is no number
         moments = merged_moments(y, raw.numbers, places.train, comm)
@@ -293,6 +306,8 @@ def merged_moments(values: np.ndarray | list[np.ndarray], numbers: np.ndarray, t
                    comm: Any) -> Moments:
     """Moments of the training rows of all ranks. Collective over `comm`."""
     width = len(values) if isinstance(values, list) else values.shape[1]
+    if not width:
+        return Moments(*[np.zeros(0)] * 5)
     blocks = all_gather_bytes(comm, block_moments(values, numbers, train).tobytes())
     return merge_moments(np.frombuffer(b"".join(blocks)).reshape(-1, 5, width))
 
@@ -428,7 +443,7 @@ def summary(config: PrepareConfig, source: Selection, raw: Raw, preprocessor: Pr
         if counts:
             rule = {"median": "filled with the median, or the most frequent level", "drop": "rows dropped",
                     "mean": "filled with the mean, or the most frequent level", "missing": "taken as missing"}[rule]
-            lines.append(f"{text} values: {sum(counts.values()):,} in {len(counts)} columns, {rule}: "
+            lines.append(f"{text} values: {sum(counts.values()):,} in {len(counts)} column{'s' * (len(counts) > 1)}, {rule}: "
                          + _some([f"{name} {n:,}" for name, n in counts.items()]))
     if raw.missing_targets:
         lines.append(f"missing targets: {raw.missing_targets:,}, rows dropped")

@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 import hpcmlp
-from hpcmlp.comm import make_collective, messages
+from hpcmlp.comm import messages, open_exchange
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import TrainConfig, flag, to_toml
@@ -27,7 +27,7 @@ from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
 from hpcmlp.nn.schedules import Schedule
 from hpcmlp.ops import open_ops
 from hpcmlp.run import checkpoint
-from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, replica_error, versions
+from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, replica_error
 from hpcmlp.run.curves import draw_curves
 from hpcmlp.run.directory import RunDirectory, check_same_run, finite, to_json
 from hpcmlp.run.evaluation import evaluate_split
@@ -56,7 +56,7 @@ def main(config: TrainConfig, comm: Any) -> int:
     with agreed(comm):
         manifest = read_manifest(config.data)
         check_fits(config, manifest)
-    check_alike(comm, {**asdict(config), "data set": manifest.digest(), **versions()})
+    check_alike(comm, {**asdict(config), "data set": manifest.digest(), **checkpoint.versions()})
     directory = None
     with agreed(comm):
         if comm.rank == 0:
@@ -177,15 +177,18 @@ class Training:
     def _plan_step(self) -> None:
         """Make the network, the strategy, the optimizer and every buffer of the step."""
         c, m, ops, topology = self.config, self.manifest, self.ops, self.topology
-        rows = -(-self.loader.local_rows_max // c.accumulate)
-        self.network = Network(self.spec, ops, max(rows, min(EVALUATION_ROWS, self.manifest.rows("val"))))
-        layout = self.network.layout
+        rows = max(-(-self.loader.local_rows_max // c.accumulate), min(EVALUATION_ROWS, m.rows("val")))
+        layout = self.spec.layout()
+        self.exchange = open_exchange(c.sync, topology, layout.size, np.float32, own_params=c.full_update)
+        on_host = c.device == "cpu"
+        self.network = Network(self.spec, ops, rows, self.exchange.params if on_host else None,
+                               self.exchange.grads if on_host else None)
         ops.from_host(self._initial_parameters(), self.network.params)
         closings = sorted((t.start for t in layout.tensors if t.name.startswith("layers.") and
                            t.name.endswith(".weight")), reverse=True)
         buckets = cut(layout.size, closings, int(c.bucket_mb * 2**20) // 4, topology.size)
-        self.strategy = make_strategy(c.full_update)(make_collective(c.sync, topology), buckets, topology.rank,
-                                                     topology.size, self.network.params, self.network.grads, ops)
+        self.strategy = make_strategy(c.full_update)(self.exchange.collective, buckets, topology.size,
+                                                     self.network.params, self.network.grads, ops)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
         average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
         if average is not None:
@@ -249,6 +252,8 @@ class Training:
                 if restored:
                     self._log({"kind": "event", "event": "resume", "step": step, "ranks": self.topology.size})
         self.console.line(header(self._header()))
+        if self.exchange.note:
+            self.console.line(self.exchange.note)
         if restored:
             self.console.line(f"resumed at step {step} of {self.total_steps}")
 
@@ -262,7 +267,7 @@ class Training:
         return [("hpcmlp", hpcmlp.__version__),
                 ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}; {cores} cores and {threads} BLAS "
                           f"thread(s) for rank 0"),
-                ("MPI", f"{width}, sync {c.sync}{' (whole update)' if c.full_update else ''}"),
+                ("MPI", f"{width}, sync {self.exchange.name}{', whole update' if c.full_update else ''}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
                                        if c.device == "cpu" else "")),
                 ("data", f"{m.name}: {rows} rows of {m.num_features} features, {m.task}, {self.loader.mode}"),
@@ -328,7 +333,7 @@ class Training:
                        "comm_s": result.comm_s, "input_s": input_s})
         every = self.config.print_every
         if every and (number + 1) % every == 0:
-            self.console.line("Step %d, loss = %.2f" % (number + 1, result.loss))
+            self.console.line(f"Step {number + 1}, loss = {result.loss:.2f}")
         self.console.progress(number + 1, self.total_steps, result.loss)
 
     def _end_epoch(self, epoch: int) -> bool:
@@ -398,7 +403,8 @@ class Training:
                                                      "preprocessing", "load_shift", "load_scale", "target_shift",
                                                      "target_scale")}
         return {"config": _listed(asdict(self.config)), "network": asdict(self.spec), "loss": self.loss.metadata(),
-                "data": os.path.abspath(self.config.data), "dataset_digest": m.digest(), "versions": versions(),
+                "data": os.path.abspath(self.config.data), "dataset_digest": m.digest(),
+                "versions": checkpoint.versions(),
                 "model": {**model, "preprocessing_digest": m.preprocessing_digest()}}
 
     def _log(self, record: dict[str, Any]) -> None:
@@ -429,13 +435,14 @@ class Training:
             self.console.line(note)
         self.directory.write("summary.json", to_json(
             {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
-             "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": c.sync, "device": c.device,
+             "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": self.exchange.name,
+             "device": c.device,
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
              "parameters_sha256": layout.sha256(flat),
              "num_params": layout.num_params,
              "samples_per_s": min(c.global_batch_size, self.manifest.rows("train")) / median if median else None,
-             "step_s": median, "wall_s": progress.seconds, "versions": versions()}) + "\n")
+             "step_s": median, "wall_s": progress.seconds, "versions": checkpoint.versions()}) + "\n")
 
 
 def _listed(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+import hpcmlp
 from hpcmlp.data.files import discard_directory, publish_directory, write_atomically
 from hpcmlp.errors import CannotWrite, ConfigError, DataError, InputMissing
 from hpcmlp.nn.network import NetworkSpec
@@ -27,6 +29,12 @@ FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}\.[0-9a-f]+\.partial")
 _MANIFEST_LIMIT_BYTES = 1 << 20
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide results: hpcmlp, Python, NumPy, h5py, HDF5, machine. Local."""
+    return {"hpcmlp": hpcmlp.__version__, "python": platform.python_version(), "numpy": np.__version__,
+            "h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version, "machine": platform.machine()}
 
 
 @dataclass

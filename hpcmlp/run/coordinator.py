@@ -1,22 +1,13 @@
 """Rank 0's second job: equal starts on all ranks, checks of the replicas, log, console and checkpoints."""
 
 import json
-import platform
 import sys
 from typing import Any
 
-import h5py
 import numpy as np
 
-import hpcmlp
 from hpcmlp.comm import messages
 from hpcmlp.errors import ConfigError, RunFailed
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide results: hpcmlp, Python, NumPy, h5py, HDF5, machine. Local."""
-    return {"hpcmlp": hpcmlp.__version__, "python": platform.python_version(), "numpy": np.__version__,
-            "h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version, "machine": platform.machine()}
 
 
 def check_alike(comm: Any, facts: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def cut(size_total: int, closings: list[int], bucket_elements: int, size: int) -
     return buckets
 
 
-def owned_ranges(buckets: list[Bucket], rank: int) -> list[tuple[int, int]]:
-    """Return the (start, stop) ranges of the flat vector that `rank` owns, ascending and not empty. Local."""
-    ranges = [(b.start + int(b.bounds[rank]), b.start + int(b.bounds[rank + 1])) for b in buckets]
+def owned_ranges(buckets: list[Bucket], part: int) -> list[tuple[int, int]]:
+    """Return the (start, stop) ranges of the flat vector that belong to `part`, ascending and not empty. Local."""
+    ranges = [(b.start + int(b.bounds[part]), b.start + int(b.bounds[part + 1])) for b in buckets]
     return sorted(r for r in ranges if r[1] > r[0])

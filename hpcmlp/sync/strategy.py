@@ -22,15 +22,15 @@ class SlicedUpdate:
 
     Parameters
     ----------
-    collective : `comm.ring.Ring` or one with the same methods.
+    collective : `comm.ring.Ring` or one with the same methods; its `part` says which part of a bucket is this rank's.
     buckets : as `buckets.cut` returns them.
-    rank, size : this rank and the number of ranks.
-    params, grads : flat vectors of one dtype, on the host or on the device.
+    size : the number of ranks.
+    params, grads : flat vectors of one dtype, on the device or on the host (there `params` may be common to a node).
     ops : the arithmetic; when its arrays are on a device, messages are staged through host copies.
     """
 
-    def __init__(self, collective: Any, buckets: list[Bucket], rank: int, size: int, params: Any, grads: Any, ops: Any):
-        self.collective, self.buckets, self.rank, self.size = collective, buckets, rank, size
+    def __init__(self, collective: Any, buckets: list[Bucket], size: int, params: Any, grads: Any, ops: Any):
+        self.collective, self.buckets, self.size = collective, buckets, size
         self.params, self.grads, self.ops = params, grads, ops
         self.ranges = self._ranges()
         on_host = isinstance(params, np.ndarray)
@@ -42,7 +42,7 @@ class SlicedUpdate:
         self._gathered: np.ndarray | None = None
 
     def _ranges(self) -> list[tuple[int, int]]:
-        return owned_ranges(self.buckets, self.rank)
+        return owned_ranges(self.buckets, self.collective.part)
 
     def reduce(self, words: np.ndarray) -> None:
         """Sum the gradient and the control words over the ranks.
@@ -96,7 +96,7 @@ class SlicedUpdate:
         Collective. Used to save or use optimizer state, averaged weights and the best state.
         """
         if self._gathered is None:
-            self._gathered = np.zeros(self._host_params.shape, self._host_params.dtype)
+            self._gathered = self.collective.empty(self._host_params.size, self._host_params.dtype)
         flat = self._gathered
         part = np.empty(owned.shape, flat.dtype)
         self.ops.to_host(owned, part)

@@ -186,7 +186,7 @@ def test_table_of_collectives(comm):
         made.all_reduce(array)
         assert (array == comm.size).all()
         made.free()
-    with pytest.raises(ConfigError, match="legal: ring, native"):
+    with pytest.raises(ConfigError, match="legal: auto, ring, shared, native"):
         make_collective("rnig", topology)
     topology.free()
 

@@ -34,7 +34,7 @@ def pip(monkeypatch):
     answers, asked = {}, []
 
     def run(command, directory):
-        wanted = open(command[command.index("-r") + 1], encoding="ascii").read().split()
+        wanted = download.Path(command[command.index("-r") + 1]).read_text("ascii").split()
         asked.append(wanted[0])
         answer = answers[wanted[0].split("==")[0]]
         if isinstance(answer, str):

@@ -34,6 +34,11 @@ class Rows:
 class Alone:
     """The collective of one rank."""
 
+    part = 0
+
+    def empty(self, size, dtype):
+        return np.zeros(size, dtype)
+
     def reduce_scatter(self, array, bounds, words=None):
         pass
 
@@ -44,14 +49,16 @@ class Alone:
         pass
 
 
-def make_step(collective, rank, size, *, whole=False, optimizer="adamw", bucket=300, rows=ROWS, spec=SPEC, **options):
+def make_step(collective, size, *, whole=False, optimizer="adamw", bucket=300, rows=ROWS, spec=SPEC, **options):
     ops = HostOps()
-    network = Network(spec, ops, ROWS)
+    layout = spec.layout()
+    params = (collective.empty if whole or isinstance(collective, Alone) else collective.common)(layout.size, np.float32)
+    network = Network(spec, ops, ROWS, params, collective.empty(layout.size, np.float32))
     network.params[...] = initialize(spec, 3, "auto", np.float32)
     closings = sorted((t.start for t in network.layout.tensors if t.name.startswith("layers.")
                        and t.name.endswith(".weight")), reverse=True)
     buckets = cut(network.layout.size, closings, bucket, size)
-    strategy = make_strategy(whole)(collective, buckets, rank, size, network.params, network.grads, ops)
+    strategy = make_strategy(whole)(collective, buckets, size, network.params, network.grads, ops)
     rule = make_optimizer(optimizer, ops, network.layout, strategy.ranges, np.float32)
     average = Average(ops, strategy.ranges, 0.9, np.float32)
     average.start(network.params)
@@ -63,17 +70,17 @@ def own_slice(comm):
 
 
 def reference(steps, **options):
-    step = make_step(Alone(), 0, 1, **options)
+    step = make_step(Alone(), 1, **options)
     losses = [step.run(Rows(0, ROWS, k, weighted=True), k, 0.01).loss for k in range(steps)]
     return step, losses
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("name", ["ring", "native"])
+@pytest.mark.parametrize("name", ["ring", "shared", "native"])
 @pytest.mark.parametrize("optimizer", sorted(RULES))
 def test_ranks_take_the_step_of_one_rank(comm, name, whole, optimizer):
-    step = make_step(make_collective(name, Topology(comm)), comm.rank, comm.size, whole=whole, optimizer=optimizer)
+    step = make_step(make_collective(name, Topology(comm)), comm.size, whole=whole, optimizer=optimizer)
     alone, losses = reference(5, optimizer=optimizer)
     for k in range(5):
         result = step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01, check=True)
@@ -91,7 +98,7 @@ def test_sliced_and_whole_updates_give_the_same_bits(comm, optimizer):
     ring = make_collective("ring", Topology(comm))
     results = []
     for whole in (False, True):
-        step = make_step(ring, comm.rank, comm.size, whole=whole, optimizer=optimizer)
+        step = make_step(ring, comm.size, whole=whole, optimizer=optimizer)
         for k in range(4):
             step.run(Rows(*own_slice(comm), k), k, 0.01)
         average = step.strategy.whole(step.average.array)
@@ -103,7 +110,7 @@ def test_sliced_and_whole_updates_give_the_same_bits(comm, optimizer):
 @pytest.mark.mpi
 def test_micro_batches_and_clipping_do_not_depend_on_the_ranks(comm):
     options = {"micro_batches": 3, "clip_norm": 0.05}
-    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size, **options)
+    step = make_step(make_collective("ring", Topology(comm)), comm.size, **options)
     alone, _ = reference(3, **options)
     for k in range(3):
         result = step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01)
@@ -114,7 +121,7 @@ def test_micro_batches_and_clipping_do_not_depend_on_the_ranks(comm):
 @pytest.mark.mpi
 def test_dropout_masks_do_not_depend_on_the_ranks(comm):
     spec = NetworkSpec((7, 19, 3), "relu", dropout=0.4)
-    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size, spec=spec, seed=5)
+    step = make_step(make_collective("ring", Topology(comm)), comm.size, spec=spec, seed=5)
     alone, losses = reference(4, spec=spec, seed=5)
     got = [step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01).loss for k in range(4)]
     np.testing.assert_allclose(got, losses, rtol=2e-5)
@@ -122,7 +129,7 @@ def test_dropout_masks_do_not_depend_on_the_ranks(comm):
 
 @pytest.mark.mpi
 def test_one_rank_with_nan_makes_all_ranks_skip_alike(comm):
-    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size)
+    step = make_step(make_collective("ring", Topology(comm)), comm.size)
     before = step.network.params.copy()
     batch = Rows(*own_slice(comm))
     if comm.rank == comm.size - 1:
@@ -136,7 +143,7 @@ def test_one_rank_with_nan_makes_all_ranks_skip_alike(comm):
 
 @pytest.mark.mpi(min_size=2)
 def test_a_replica_that_drifts_is_seen_by_all_at_the_next_check(comm):
-    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size)
+    step = make_step(make_collective("ring", Topology(comm)), comm.size)
     step.run(Rows(*own_slice(comm)), 0, 0.01, check=True)
     if comm.rank == 1:
         step.network.params.view(np.uint32)[5] ^= 1
@@ -146,7 +153,7 @@ def test_a_replica_that_drifts_is_seen_by_all_at_the_next_check(comm):
 
 @pytest.mark.mpi
 def test_a_stop_asked_by_one_rank_reaches_all_in_the_same_step(comm):
-    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size)
+    step = make_step(make_collective("ring", Topology(comm)), comm.size)
     assert not step.run(Rows(*own_slice(comm)), 0, 0.01).stop
     assert step.run(Rows(*own_slice(comm)), 1, 0.01, stop=comm.rank == comm.size - 1).stop
     assert not step.run(Rows(*own_slice(comm)), 2, 0.01).stop
@@ -155,7 +162,7 @@ def test_a_stop_asked_by_one_rank_reaches_all_in_the_same_step(comm):
 @pytest.mark.mpi
 def test_ranks_without_samples_take_part(comm):
     """Only the last rank has samples: the others' empty batches are ordinary."""
-    step = make_step(make_collective("ring", Topology(comm)), comm.rank, comm.size)
+    step = make_step(make_collective("ring", Topology(comm)), comm.size)
     alone, losses = reference(2)
     last = comm.rank == comm.size - 1
     for k in range(2):
