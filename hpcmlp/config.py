@@ -130,8 +130,8 @@ class TrainConfig:
     warmup_steps: int = option(0, low=0, help="steps of linear warm-up")
     min_lr: float | None = option(None, kind=float, low=0.0, help="final learning rate of cosine (default: 0)")
     step_size: int | None = option(None, kind=int, low=1, help="steps between the decays of step (default: 1000)")
-    gamma: float | None = option(None, kind=float, above=0.0, high=1.0, help="factor of a decay of step, or of an epoch "
-                                 "of exponential (default: 0.1)")
+    gamma: float | None = option(None, kind=float, above=0.0, high=1.0, help="factor of a decay of step, or of an "
+                                 "epoch of exponential (default: 0.1)")
     # validation
     validate_every: int = option(1, low=1, help="epochs between validations")
     monitor: str = option("auto", help="validation metric that picks the best state (auto: accuracy for classes, loss "

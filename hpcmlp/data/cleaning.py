@@ -1,9 +1,11 @@
 """Which raw rows may stay: missing and not finite values, counted, dropped or refused by a stated policy."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from hpcmlp.data.csv_numbers import NUMBER
 from hpcmlp.data.preprocess import raw_targets, refusal
 from hpcmlp.data.statistics import BLOCK_ROWS
 from hpcmlp.data.tables import Rows, Table
@@ -21,6 +23,16 @@ class Policy:
 
     missing: str = "median"
     invalid: str = "error"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was found in all rows of a source: rows dropped, missing and invalid values by column, missing targets."""
+
+    dropped: int = 0
+    missing: dict[str, int] = field(default_factory=dict)
+    invalid: dict[str, int] = field(default_factory=dict)
+    missing_targets: int = 0
 
 
 @dataclass
@@ -97,6 +109,24 @@ def check_weights(weight: np.ndarray, table: Table, first: int) -> np.ndarray:
         row = int(wrong.argmax())
         raise DataError(f"{table.where(first + row)}: the weight is {weight[row]}; weights are finite and at least 0.")
     return weight.astype(np.float32)
+
+
+def check_levels(values: np.ndarray, name: str, levels: Collection[str], most: int, table: Table,
+                 rows: np.ndarray) -> None:
+    """Raise DataError when a text column has more than `most` levels; where most are numbers, name a row that is none.
+
+    Local. `values` are this rank's texts of the column `name`, `rows` (n,) their row numbers.
+    """
+    if len(levels) <= most:
+        return
+    odd = {level for level in levels if not NUMBER.fullmatch(level)}
+    if len(odd) < len(levels) / 2:
+        for row, value in zip(rows.tolist(), values, strict=True):
+            if value in odd:
+                raise DataError(f"{table.where(row)}, column {name!r}: {value!r} is no number, unlike most of this "
+                                "column; correct it, or choose inputs with --columns.")
+    raise DataError(f"{table.name}: column {name!r} holds {len(levels)} different texts; at most {most} become inputs: "
+                    "leave it out with --columns, or raise --max-levels.")
 
 
 def take(rows: Rows, keep: np.ndarray) -> Rows:

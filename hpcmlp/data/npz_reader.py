@@ -41,8 +41,8 @@ class NpzFile:
         if name in self._members:
             raise DataError(f"{self.name}: two arrays are called {name!r}.")
         if info.compress_type not in _METHODS:
-            raise DataError(f"{self.name}: array {name!r} is compressed by method {info.compress_type}; only stored and "
-                            "deflated ones are read.")
+            raise DataError(f"{self.name}: array {name!r} is compressed by method {info.compress_type}; only stored "
+                            "and deflated ones are read.")
         try:
             with self._archive.open(info) as member:
                 version = np.lib.format.read_magic(member)

@@ -242,6 +242,16 @@ def raw_targets(rows: Rows, names: tuple[str, ...], table: Table) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
+def spread(inputs: tuple[str, ...], levels: dict[str, tuple[str, ...]], shift: np.ndarray,
+           scale: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return shift and scale of the numeric columns at their places among one-hot inputs, which stay 0 and 1. Local."""
+    numbers = iter(zip(shift.tolist(), scale.tolist(), strict=True))
+    pairs = []
+    for name in inputs:
+        pairs += [(0.0, 1.0)] * len(levels[name]) if name in levels else [next(numbers)]
+    return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+
+
 def refusal(table: Table, row: int, column: str, value: Any, missing: bool) -> str:
     """Return the sentence for a raw value that is not accepted. Local."""
     if missing:

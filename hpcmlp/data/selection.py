@@ -6,7 +6,7 @@ import numpy as np
 
 from hpcmlp.data.readers import SourcePart
 from hpcmlp.data.splits import SPLITS
-from hpcmlp.data.tables import Chain, Part, Table
+from hpcmlp.data.tables import Chain, Part
 from hpcmlp.errors import ConfigError, DataError
 
 
@@ -17,7 +17,7 @@ class Selection:
     `ends` are the rows where its parts end, `splits` their splits as numbers (-1: still to be split).
     """
 
-    table: Table
+    table: Chain
     inputs: tuple[str, ...]
     targets: tuple[str, ...]
     weight: str | None

@@ -13,11 +13,10 @@ import numpy as np
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.messages import all_gather_bytes, broadcast_bytes, gather_bytes, sum_in_place
 from hpcmlp.config import PrepareConfig, nearest
-from hpcmlp.data.cleaning import Policy, check_weights, judge, take
-from hpcmlp.data.csv_numbers import NUMBER
+from hpcmlp.data.cleaning import Counts, Policy, check_levels, check_weights, judge, take
 from hpcmlp.data.files import check_new_directory, discard_directory, new_directory, publish_directory
 from hpcmlp.data.manifest import Manifest, ShardEntry, write_manifest
-from hpcmlp.data.preprocess import POLICIES_THAT_FILL, Preprocessor, raw_targets
+from hpcmlp.data.preprocess import POLICIES_THAT_FILL, Preprocessor, raw_targets, spread
 from hpcmlp.data.readers import SourcePart, open_parts
 from hpcmlp.data.selection import Selection, select
 from hpcmlp.data.shards import shard_name, write_shard
@@ -33,6 +32,7 @@ from hpcmlp.data.statistics import (
     rows_of_rank,
     scaling,
 )
+from hpcmlp.data.summary import summary, volume
 from hpcmlp.data.tables import Rows, as_text
 from hpcmlp.data.targets import (
     TargetFacts,
@@ -42,26 +42,19 @@ from hpcmlp.data.targets import (
     choose_task,
     class_names,
     describe_targets,
-    name_some,
 )
 from hpcmlp.errors import ConfigError, DataError, InputMissing
-
-_CLASSES_SHOWN = 20
-_COLUMNS_SHOWN = 8
 
 
 @dataclass
 class Raw:
-    """This rank's raw rows that stay, and what was counted over all ranks on the way."""
+    """This rank's raw rows that stay, and what was counted on the way, over all ranks."""
 
     rows: Rows
     numbers: np.ndarray                                # (n,) their row numbers in the source
     y: np.ndarray
     weight: np.ndarray | None
-    dropped: int
-    missing: dict[str, int]
-    invalid: dict[str, int]
-    missing_targets: int
+    counts: Counts
 
 
 @dataclass
@@ -99,7 +92,12 @@ def main(config: PrepareConfig, comm: Any) -> int:
         y = preprocessor.target.encode(raw.y, source.table, raw.numbers)
     manifest = write(config, preprocessor, x, y, raw.weight, places, comm)
     if comm.rank == 0:
-        print(summary(config, source, raw, preprocessor, manifest, time.monotonic() - begin), flush=True)
+        policy = Policy(config.missing, config.invalid)
+        print(summary(manifest, preprocessor, policy, raw.counts, source.table.notes, config.normalize), flush=True)
+        print(f"wrote {config.out}: {volume(manifest)}, in {time.monotonic() - begin:.1f} s", flush=True)
+        if len(manifest.splits["train"]) < config.shards:
+            print(f"warning: {len(manifest.splits['train'])} training shards instead of {config.shards}: there are no "
+                  "more rows", flush=True)
     return 0
 
 
@@ -169,7 +167,7 @@ def read_raw(config: PrepareConfig, source: Selection, comm: Any) -> Raw:
     missing, invalid = ({name: sum(part[k].get(name, 0) for part in found) for name in source.inputs
                          if any(name in part[k] for part in found)} for k in (0, 1))
     return Raw(rows, start + np.flatnonzero(keep), y, weight[keep] if weight is not None else None,
-               sum(part[3] for part in found), missing, invalid, sum(part[2] for part in found))
+               Counts(sum(part[3] for part in found), missing, invalid, sum(part[2] for part in found)))
 
 
 def agree_on_texts(config: PrepareConfig, source: Selection, rows: Rows, start: int, stop: int, comm: Any) -> Rows:
@@ -194,8 +192,8 @@ def choose_targets(config: PrepareConfig, source: Selection, raw: Raw, comm: Any
     named = NAMED.get(config.source)
     with agreed(comm):
         if not facts.rows:
-            raise DataError(f"{source.table.name}: no row is left after dropping {raw.dropped}; there is nothing to "
-                            "learn from.")
+            raise DataError(f"{source.table.name}: no row is left after dropping {raw.counts.dropped}; there is "
+                            "nothing to learn from.")
         task = named.task if named else config.task if config.task != "auto" else choose_task(facts)
         check_task(task, facts, source.table)
         if task != "classification":
@@ -279,27 +277,13 @@ def fit_levels(config: PrepareConfig, source: Selection, raw: Raw, train: np.nda
         for part in all_of(comm, Counter(v for v in raw.rows[name][train].tolist() if v is not None)):
             counts.update(part)
         with agreed(comm):
-            check_levels(config, source, raw, name, counts)
+            check_levels(raw.rows[name], name, counts, config.max_levels, source.table, raw.numbers)
         levels[name] = tuple(sorted(counts))
         if config.missing in POLICIES_THAT_FILL and counts:
             fills[name] = min(counts, key=lambda level: (-counts[level], level))
     if len(levels) == len(source.inputs) and not any(levels.values()):
         raise alike(DataError(f"{source.table.name}: all inputs are missing in every training row."))
     return levels, fills
-
-
-def check_levels(config: PrepareConfig, source: Selection, raw: Raw, name: str, counts: Counter) -> None:
-    """Raise DataError when a column has too many levels; where most are numbers, name a row that is none. Local."""
-    if len(counts) <= config.max_levels:
-        return
-    odd = {level for level in counts if not NUMBER.fullmatch(level)}
-    if len(odd) < len(counts) / 2:
-        for row, value in enumerate(raw.rows[name]):
-            if value in odd:
-                raise DataError(f"{source.table.where(int(raw.numbers[row]))}, column {name!r}: {value!r} is no "
-                                "number, unlike most of this column; correct it, or choose inputs with --columns.")
-    raise DataError(f"{source.table.name}: column {name!r} holds {len(counts)} different texts; at most "
-                    f"{config.max_levels} become inputs: leave it out with --columns, or raise --max-levels.")
 
 
 def merged_moments(values: np.ndarray | list[np.ndarray], numbers: np.ndarray, train: np.ndarray,
@@ -322,16 +306,6 @@ def exact_quartiles(values: np.ndarray | list[np.ndarray], width: int, train: np
             out[:, column] = quantiles(np.frombuffer(b"".join(parts)))
     sum_in_place(comm, out)
     return out
-
-
-def spread(inputs: tuple[str, ...], levels: dict[str, tuple[str, ...]], shift: np.ndarray,
-           scale: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Shift and scale of the numeric columns at their places among one-hot inputs, which stay 0 and 1. Local."""
-    numbers = iter(zip(shift.tolist(), scale.tolist(), strict=True))
-    pairs = []
-    for name in inputs:
-        pairs += [(0.0, 1.0)] * len(levels[name]) if name in levels else [next(numbers)]
-    return tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
 
 
 def write(config: PrepareConfig, preprocessor: Preprocessor, x: np.ndarray, y: np.ndarray, weight: np.ndarray | None,
@@ -427,52 +401,6 @@ def make_manifest(config: PrepareConfig, preprocessor: Preprocessor, entries: di
 def name_of(source: str) -> str:
     """Return the data set's name: the named set, or the file without its suffix. Local."""
     return source if source in NAMED else Path(source).name.split(".")[0].strip("*?[]") or "data"
-
-
-def summary(config: PrepareConfig, source: Selection, raw: Raw, preprocessor: Preprocessor, manifest: Manifest,
-            seconds: float) -> str:
-    """Return what was made, for people. Local."""
-    rows = sum(manifest.rows(split) for split in manifest.splits)
-    what = {"classification": f"{manifest.num_outputs} classes", "regression": name_some(tuple(manifest.target_names)),
-            "multilabel": f"{manifest.num_outputs} labels"}[manifest.task]
-    lines = [f"{manifest.name}: {rows:,} rows, {manifest.num_features} inputs, {manifest.task} of {what}"]
-    lines += [f"note: {note}" for note in source.table.notes]
-    if preprocessor.levels:
-        lines.append("one-hot: " + _some([f"{name} ({len(v)} levels)" for name, v in preprocessor.levels.items()]))
-    for text, counts, rule in (("missing", raw.missing, config.missing), ("invalid", raw.invalid, config.invalid)):
-        if counts:
-            rule = {"median": "filled with the median, or the most frequent level", "drop": "rows dropped",
-                    "mean": "filled with the mean, or the most frequent level", "missing": "taken as missing"}[rule]
-            lines.append(f"{text} values: {sum(counts.values()):,} in {len(counts)} column{'s' * (len(counts) > 1)}, {rule}: "
-                         + _some([f"{name} {n:,}" for name, n in counts.items()]))
-    if raw.missing_targets:
-        lines.append(f"missing targets: {raw.missing_targets:,}, rows dropped")
-    if raw.dropped:
-        lines.append(f"rows dropped: {raw.dropped:,}")
-    scaled = "stored as 8-bit pixels, all with one scale" if manifest.x_dtype == "uint8" else "stored as float32"
-    lines.append(f"normalisation: {config.normalize}, fitted on the training rows; {scaled}")
-    for split, shards in manifest.splits.items():
-        line = f"  {split:<5}  {manifest.rows(split):>11,} rows in {len(shards)} shard{'s' * (len(shards) > 1)}"
-        if manifest.class_counts and manifest.num_outputs <= _CLASSES_SHOWN:
-            line += f"; per class {' '.join(map(str, manifest.class_counts[split]))}"
-        lines.append(line)
-    if manifest.classes:
-        lines.append(f"classes: {name_some(tuple(manifest.classes))}")
-        lost = [c for c, n in zip(manifest.classes, manifest.class_counts["train"], strict=True) if not n]
-        if lost:
-            lines.append(f"warning: no training row is of class {name_some(tuple(lost))}")
-    if len(manifest.splits["train"]) < config.shards:
-        lines.append(f"warning: {len(manifest.splits['train'])} training shards instead of {config.shards}: there are "
-                     "no more rows")
-    size = sum(entry.bytes for shards in manifest.splits.values() for entry in shards)
-    count = sum(map(len, manifest.splits.values()))
-    lines.append(f"wrote {config.out}: {count} shards, {size / 1e6:,.1f} MB, in {seconds:.1f} s")
-    return "\n".join(lines)
-
-
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - _COLUMNS_SHOWN} more" if len(items) > _COLUMNS_SHOWN else ""
-    return ", ".join(items[:_COLUMNS_SHOWN]) + more
 
 
 def all_of(comm: Any, value: Any) -> list[Any]:

@@ -1,7 +1,8 @@
 """Faults on purpose, for tests: HPCMLP_FAULT="rank=1,step=40,act=kill" in the environment.
 
 `rank` and `step` select where; without them every rank, every step. `act` is one of: kill, stop (SIGSTOP), spin (for
-ever), sleep:SECONDS, signal:NAME (such as SIGUSR1, to this rank alone), raise, exit:CODE, flip (one bit of the parameters). Unset, it costs one `is None` a step.
+ever), sleep:SECONDS, signal:NAME (such as SIGUSR1, to this rank alone), raise, exit:CODE, flip (one bit of the
+parameters). Unset, it costs one `is None` a step.
 """
 
 import os
@@ -55,5 +56,6 @@ def planned_fault(rank: int) -> Fault | None:
         if words["act"].split(":")[0] not in ACTS:
             raise ValueError
     except (ValueError, KeyError):
-        raise ConfigError(f"HPCMLP_FAULT = {text!r}: give rank=R,step=N,act=A with A among {', '.join(ACTS)}.") from None
+        raise ConfigError(f"HPCMLP_FAULT = {text!r}: give rank=R,step=N,act=A with A among "
+                          f"{', '.join(ACTS)}.") from None
     return Fault(step, words["act"]) if own else None

@@ -36,7 +36,8 @@ def columns_form(**changes):
 
 
 def rows_of(n=6):
-    return {"v": np.arange(n) * 7.0, "kind": texts(*["a", "b", "c"] * 2)[:n], "u": np.arange(n) + 0.1, "other": np.ones(n)}
+    kind = texts(*["a", "b", "c"] * 2)[:n]
+    return {"v": np.arange(n) * 7.0, "kind": kind, "u": np.arange(n) + 0.1, "other": np.ones(n)}
 
 
 def test_columns_are_found_by_name_and_one_hot_levels_kept():
@@ -180,7 +181,8 @@ def test_numbers_that_are_no_classes_are_named(value, words):
 @pytest.mark.parametrize("task, y, words", [
     ("classification", np.array([0, 7]), "row 6: target t is '7'; the classes are 0, 1"),
     ("classification", np.array([0, np.nan]), "row 6: target t is missing or NaN"),
-    ("classification", texts("0", "x"), "row 6: target t is 'x'"), ("classification", np.ones((2, 2)), "2 target columns"),
+    ("classification", texts("0", "x"), "row 6: target t is 'x'"),
+    ("classification", np.ones((2, 2)), "2 target columns"),
     ("regression", np.array([0, np.inf]), "row 6: target t is inf; it must be finite"),
     ("regression", texts("1", "x"), "row 6: target 'x' is no number"), ("regression", np.ones((2, 2)), "has 2 targets"),
     ("multilabel", np.array([[0.0], [2.0]]), "row 6: target t is 2; it must be 0 or 1")])

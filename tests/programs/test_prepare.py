@@ -1,4 +1,4 @@
-"""prepare: the same bytes at any rank count, every row once, and bad input is one sentence that leaves nothing behind."""
+"""prepare: the same bytes at any rank count, every row once; bad input is one sentence and leaves nothing behind."""
 
 import json
 import os
@@ -203,7 +203,7 @@ def test_rows_are_taken_from_the_start(tmp_path):
 def test_the_summary_says_what_was_done(tmp_path, capsys):
     run(source=write_csv(tmp_path / "d.csv", 130), out=tmp_path / "out", target="label", weight="weight", shards=200)
     said = capsys.readouterr().out
-    for words in ("130 rows, 6 inputs, classification of 2 classes", "kind (3 levels)", "22 in 2 columns", "size 12",
+    for words in ("130 rows, 6 inputs, classification of 2 classes", "kind (3 levels)", "missing values: 22", "size 12",
                   "median", "train", "per class", "classes: no, yes", "standard", "94 training shards instead of 200"):
         assert words in said, said
 
@@ -249,8 +249,8 @@ MALFORMED = {
                          ConfigError, "no training rows"),
     "infinite": (lambda p: dict(source=put(p / "d.csv", "a,b\n1,2\n1e999,3\n"), target="b"), DataError,
                  r"row 1 \(line 3\), column 'a' is inf"),
-    "missing refused": (lambda p: dict(source=put(p / "d.csv", "a,b\n1,2\n,3\n"), target="b", missing="error"), DataError,
-                        r"row 1 \(line 3\), column 'a'.*missing"),
+    "missing refused": (lambda p: dict(source=put(p / "d.csv", "a,b\n1,2\n,3\n"), target="b", missing="error"),
+                        DataError, r"row 1 \(line 3\), column 'a'.*missing"),
     "NaN in numbers": (lambda p: dict(source=arrays(p / "d.npz", x=np.where(X == 7, np.nan, X), y=np.arange(10) % 2)),
                        DataError, "array x: row 3, column 'x1' is nan"),
     "missing target": (lambda p: dict(source=put(p / "d.csv", "a,b\n1,2\n4,\n"), target="b"), DataError,
@@ -267,8 +267,8 @@ MALFORMED = {
                           "must be 0 or 1"),
     "two targets as classes": (lambda p: dict(source=arrays(p / "d.npz", x=X, y=X), task="classification"), ConfigError,
                                "one target column, not 2"),
-    "many levels": (lambda p: dict(source=put(p / "d.csv", "a,b\n" + "".join(f"t{i},1\n" for i in range(40))), target="b",
-                                   max_levels=8), DataError, "29 different texts; at most 8"),
+    "many levels": (lambda p: dict(source=put(p / "d.csv", "a,b\n" + "".join(f"t{i},1\n" for i in range(40))),
+                                   target="b", max_levels=8), DataError, "29 different texts; at most 8"),
     "one text among numbers": (lambda p: dict(source=put(p / "d.csv", "a,b\n" + "".join(f"{i},1\n" for i in range(40))
                                                          + "oops,2\n"), target="b", max_levels=8), DataError,
                                r"row 40 \(line 42\), column 'a': 'oops' is no number"),
