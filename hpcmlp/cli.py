@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib import import_module
@@ -25,15 +24,29 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message[:1].upper()}{message[1:].rstrip('.')}; see '{self.prog} --help'.")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of all programs, made from the option dataclasses. Local."""
-    parser = _Parser(prog="hpcmlp", description=hpcmlp.__doc__, epilog=EPILOG, allow_abbrev=False)
+class _Formatter(argparse.HelpFormatter):
+    """Help as wide as the terminal; argparse's own way to find the width imports eight modules on every rank."""
+
+    def __init__(self, prog: str):
+        try:
+            width = os.get_terminal_size().columns
+        except OSError:
+            width = 100
+        super().__init__(prog, width=max(60, width - 2))
+
+
+def make_parser(program: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of `program`, or of all programs, made from the option dataclasses. Local."""
+    parser = _Parser(prog="hpcmlp", description=hpcmlp.__doc__, epilog=EPILOG, allow_abbrev=False,
+                     formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"hpcmlp {hpcmlp.__version__}")
     programs = parser.add_subparsers(dest="program", metavar="PROGRAM", required=True, parser_class=_Parser)
-    for name, config in CONFIGS.items():
+    # Each parser looks for translations in a dozen places: with thousands of ranks, one program's must do.
+    for name in CONFIGS if program not in CONFIGS else [program]:
+        config = CONFIGS[name]
         summary = config.__doc__.strip()
         sub = programs.add_parser(name, help=summary, description=summary, epilog=EPILOG, allow_abbrev=False,
-                                  argument_default=argparse.SUPPRESS)
+                                  argument_default=argparse.SUPPRESS, formatter_class=_Formatter)
         if not any(f.metadata["positional"] for f in fields(config)):
             sub.add_argument("-c", "--config", metavar="FILE.toml", help="read options from a TOML file; the command "
                              "line wins")
@@ -78,7 +91,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
     Local. Raises UsageError for a wrong command line, ConfigError for a wrong value or TOML file.
     """
-    parser = make_parser()
+    # argparse looks up translations of its words in four files each, on every rank; there are none of ours.
+    os.environ.setdefault("LANGUAGE", "C")
+    parser = make_parser(argv[0] if argv else None)
     known, unknown = parser.parse_known_args(argv)
     config = CONFIGS[known.program]
     if unknown:
@@ -164,6 +179,7 @@ def _say(error: HpcmlpError, who: str = "") -> None:
 
 def _say_fault(world: Any) -> None:
     """Print the traceback of our own fault, from the rank that has it, and end the job."""
+    import traceback  # only for a fault: every rank pays for what stands above
     lines = traceback.format_exc()
     print(f"[rank {world.rank} {os.uname().nodename}] this is a fault of hpcmlp, not of its input:\n{lines}",
           file=sys.stderr, flush=True)

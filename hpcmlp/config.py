@@ -1,11 +1,8 @@
 """Every option: its default, its check, its help; frozen dataclasses from TOML and the command line."""
 
-import difflib
 import math
-import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from hpcmlp.errors import ConfigError, InputMissing
@@ -231,6 +228,7 @@ CONFIGS = {"prepare": PrepareConfig, "train": TrainConfig, "evaluate": EvaluateC
 
 def nearest(word: str, legal: list[str]) -> str:
     """Return '; did you mean X?' for the legal word closest to `word`, or an empty text. Local."""
+    import difflib  # only when something is wrong: every rank pays for what stands above
     close = difflib.get_close_matches(word, legal, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -273,11 +271,13 @@ def read_toml(path: str, config: type) -> dict[str, Any]:
     Local. Raises InputMissing when it is not there, ConfigError for everything else that is wrong with it.
     """
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(TOML_LIMIT_BYTES + 1)
     except OSError as error:
         raise InputMissing(f"{path}: cannot read this configuration file ({error.strerror}).") from None
     if len(data) > TOML_LIMIT_BYTES:
-        raise ConfigError(f"{path}: {len(data)} bytes; a configuration file has at most {TOML_LIMIT_BYTES}.")
+        raise ConfigError(f"{path}: a configuration file has at most {TOML_LIMIT_BYTES} bytes.")
+    import tomllib  # only when there is a file
     try:
         values = tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

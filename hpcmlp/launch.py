@@ -4,7 +4,6 @@ import os
 import platform
 import sys
 import warnings
-from array import array
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -162,13 +161,13 @@ def share_of_cores(cores: frozenset[int], holders: list[int]) -> float:
 def cpu_quota(root: str = "/sys/fs/cgroup") -> float | None:
     """Return the cores' worth of CPU time that a container may use (cgroup v2, then v1), None when unlimited. Local."""
     try:
-        with open(os.path.join(root, "cpu.max"), encoding="ascii") as file:
+        with open(os.path.join(root, "cpu.max"), encoding="utf-8") as file:
             quota, period = file.read().split()[:2]
     except (OSError, ValueError):
         try:
-            with open(os.path.join(root, "cpu/cpu.cfs_quota_us"), encoding="ascii") as file:
+            with open(os.path.join(root, "cpu/cpu.cfs_quota_us"), encoding="utf-8") as file:
                 quota = file.read().strip()
-            with open(os.path.join(root, "cpu/cpu.cfs_period_us"), encoding="ascii") as file:
+            with open(os.path.join(root, "cpu/cpu.cfs_period_us"), encoding="utf-8") as file:
                 period = file.read().strip()
         except OSError:
             return None
@@ -194,9 +193,12 @@ def _load_mpi(thread_level: str) -> Any:
 def _share_of_cores(MPI: Any, comm: Any, cores: frozenset[int]) -> tuple[float, float]:
     """Return (cores of the node minus ranks of the node, cores that fall to this rank)."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    length = array("i", [max(cores) + 1])
+    length = memoryview(bytearray(4)).cast("i")
+    length[0] = max(cores) + 1
     node.Allreduce(MPI.IN_PLACE, length, MPI.MAX)
-    holders = array("i", [int(core in cores) for core in range(length[0])])
+    holders = memoryview(bytearray(4 * length[0])).cast("i")
+    for core in cores:
+        holders[core] = 1
     node.Allreduce(MPI.IN_PLACE, holders, MPI.SUM)
     available = float(sum(1 for count in holders if count))
     share = share_of_cores(cores, list(holders))

@@ -207,7 +207,10 @@ def count_calls(path):
     prefixes = tuple({str(Path(p).resolve()) + "/" for p in (sys.prefix, sys.base_prefix, REPOSITORY / "hpcmlp")}
                      | {sys.prefix + "/", str(REPOSITORY / "hpcmlp") + "/"})
     groups = Counter()
-    for line in path.read_text(errors="replace").split("\n"):
+    # The rank is ready to train when it has opened its last training shard: the first step follows.
+    ready = path.read_text(errors="replace").rpartition("/train-0")[0]
+    assert ready, "no training shard was opened"
+    for line in ready.split("\n"):
         match = re.search(r'\b\w+\((?:AT_FDCWD, )?"([^"]*)"', line)
         if match and match[1].startswith(prefixes):
             groups[match[1].rpartition("/")[0][-40:]] += 1

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm.native import Native
 from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
@@ -14,7 +13,7 @@ from hpcmlp.errors import ConfigError
 COLLECTIVES = ("ring", "shared", "native")
 
 
-def make_collective(name: str, topology: Topology) -> Ring | Shared | Native:
+def make_collective(name: str, topology: Topology) -> Any:
     """Return the collectives called `name` over all ranks.
 
     Collective over `topology.comm`. Raises ConfigError when there are none of that name, SharedUnavailable (on all
@@ -24,7 +23,10 @@ def make_collective(name: str, topology: Topology) -> Ring | Shared | Native:
         raise ConfigError(f"sync = {name!r} is not known (legal: auto, {', '.join(COLLECTIVES)}).")
     if name == "shared":
         return Shared(topology)
-    return (Ring if name == "ring" else Native)(topology.comm)
+    if name == "ring":
+        return Ring(topology.comm)
+    from hpcmlp.comm.native import Native  # few runs want it; every module costs each rank file-system calls
+    return Native(topology.comm)
 
 
 @dataclass

@@ -3,9 +3,6 @@
 import errno
 import hashlib
 import os
-import secrets
-import shutil
-from pathlib import Path
 
 from hpcmlp.errors import CannotWrite, InputMissing
 
@@ -18,8 +15,8 @@ def write_atomically(path: str | os.PathLike, data: bytes | bytearray | memoryvi
     Local. `path` is replaced when it exists. On any failure the temporary is removed, what stood under `path` before
     still stands there, and CannotWrite tells why.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    path = os.fspath(path)
+    temporary = _beside(path)
     view = memoryview(data).cast("B")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -31,12 +28,12 @@ def write_atomically(path: str | os.PathLike, data: bytes | bytearray | memoryvi
         finally:
             os.close(handle)
         os.rename(temporary, path)
-        sync_directory(path.parent)
+        sync_directory(os.path.dirname(path) or ".")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise CannotWrite(write_failure(path, error, len(view))) from None
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
 
 
@@ -45,7 +42,7 @@ def write_failure(path: str | os.PathLike, error: OSError, num_bytes: int = 0) -
     text = f"{path}: cannot write this file ({error.strerror or error})"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         try:
-            disk = os.statvfs(Path(path).parent)
+            disk = os.statvfs(os.path.dirname(path) or ".")
             text += f"; {num_bytes} bytes are needed, {disk.f_bavail * disk.f_frsize} are free"
         except OSError:
             text += f"; {num_bytes} bytes are needed"
@@ -66,29 +63,28 @@ def check_new_directory(path: str | os.PathLike) -> None:
 
     Local.
     """
-    path = Path(path)
     try:
-        if not path.exists() and not path.is_symlink():
+        if not os.path.lexists(path):
             return
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise CannotWrite(f"{path}: is there and is no directory; name another --out.")
-        if any(path.iterdir()):
+        if os.listdir(path):
             raise CannotWrite(f"{path}: this directory is not empty; name another --out, or remove it first.")
     except OSError as error:
         raise CannotWrite(f"{path}: cannot look into this directory ({error.strerror}).") from None
 
 
-def new_directory(path: str | os.PathLike) -> Path:
+def new_directory(path: str | os.PathLike) -> str:
     """Make a fresh directory beside `path`, to be filled and then given that name by `publish_directory`.
 
     Local. Parents of `path` are made. Raises CannotWrite when `path` is taken or nothing can be written there.
     """
-    path = Path(os.path.abspath(path))
+    path = os.path.abspath(path)
     check_new_directory(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        temporary.mkdir()
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = _beside(path)
+        os.mkdir(temporary)
     except OSError as error:
         raise CannotWrite(f"{path}: cannot make this directory ({error.strerror}).") from None
     return temporary
@@ -99,18 +95,32 @@ def publish_directory(temporary: str | os.PathLike, path: str | os.PathLike) -> 
 
     Local.
     """
-    path = Path(os.path.abspath(path))
+    path = os.path.abspath(path)
     try:
         sync_directory(temporary)
         os.rename(temporary, path)
-        sync_directory(path.parent)
+        sync_directory(os.path.dirname(path))
     except OSError as error:
         raise CannotWrite(f"{path}: cannot put the finished directory in place ({error.strerror}).") from None
 
 
 def discard_directory(temporary: str | os.PathLike) -> None:
     """Remove an unfinished directory; quiet when that fails, since an error is under way already. Local."""
+    import shutil  # after a failure only: it brings eight modules along
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: str) -> str:
+    """Return a new hidden name in the directory of `path`."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, f".{name}.{os.urandom(4).hex()}.partial")
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # not made yet, or out of reach: an error is under way already
 
 
 def digest_file(path: str | os.PathLike) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -9,7 +10,6 @@ from hpcmlp.data.manifest import Manifest
 from hpcmlp.data.order import PIECES, Order
 from hpcmlp.data.resident import Resident
 from hpcmlp.data.samples import Batch, Samples, allocate, open_shard, read_rows, require_memory, row_bytes
-from hpcmlp.data.streamed import Streamed
 from hpcmlp.errors import ConfigError, DataError, InputMissing
 
 _WINDOW_BYTES = 1 << 22
@@ -47,7 +47,7 @@ class Loader:
         self._verified: set[int] = set()
         self._shard_rows = _check_split(self.directory, manifest, split)
         self._sequential: Samples | None = None
-        self._batches: Resident | Streamed | None = None
+        self._batches: Any = None  # Resident or Streamed
         self.order: Order | None = None
         if global_batch_size is None:
             self.steps_per_epoch = 0
@@ -86,6 +86,7 @@ class Loader:
             self._batches = Resident(*arguments, verify=self._verify)
         else:
             self.mode = "streamed"
+            from hpcmlp.data.streamed import Streamed  # only where memory is short
             self._batches = Streamed(*arguments, depth=self._depth(shards, memory_limit), verify=self._verify)
 
     def _depth(self, shards: list[int], memory_limit: float) -> int:

@@ -1,12 +1,10 @@
 """The manifest of a data set directory: `dataset.json`, what the shards hold and how raw rows became x and y."""
 
 import hashlib
-import json
 import math
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from hpcmlp.data.files import write_atomically
@@ -69,7 +67,8 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as JSON-able values. Local."""
-        return asdict(self)
+        values = asdict(self)
+        return {**values, "splits": {split: list(entries) for split, entries in values["splits"].items()}}
 
     def digest(self) -> str:
         """Return the sha256 over the whole manifest, hence over the digests of all shards too. Local."""
@@ -83,14 +82,16 @@ class Manifest:
 
 
 def _digest(value: Any) -> str:
+    import json  # where a file is read or written: ranks that are given the manifest do without
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
     """Write `dataset.json` into `directory`, atomically. Local; raises CannotWrite."""
+    import json
     text = json.dumps(manifest.to_dict(), indent=1, allow_nan=False, ensure_ascii=True)
-    write_atomically(Path(directory) / FILE_NAME, text.encode() + b"\n")
+    write_atomically(os.path.join(directory, FILE_NAME), text.encode() + b"\n")
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:
@@ -98,14 +99,16 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 
     Local. Raises InputMissing when it is not there, DataError when it is not a sound manifest.
     """
-    path = Path(directory) / FILE_NAME
+    import json
+    path = os.path.join(directory, FILE_NAME)
     try:
-        if path.stat().st_size > _LIMIT_BYTES:
-            raise DataError(f"{path}: {path.stat().st_size} bytes; a manifest has at most {_LIMIT_BYTES}.")
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(_LIMIT_BYTES + 1)
+        if len(data) > _LIMIT_BYTES:
+            raise DataError(f"{path}: more than {_LIMIT_BYTES} bytes; a manifest has at most that many.")
     except OSError as error:
-        what = "is no data set directory made by 'hpcmlp prepare'" if Path(directory).is_dir() else "cannot be read"
-        raise InputMissing(f"{directory}: {what}: {path.name}: {error.strerror}.") from None
+        what = "is no data set directory made by 'hpcmlp prepare'" if os.path.isdir(directory) else "cannot be read"
+        raise InputMissing(f"{directory}: {what}: {FILE_NAME}: {error.strerror}.") from None
     try:
         values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -6,7 +6,6 @@ lock of libhdf5 and lets other threads run; the guard has checked that the offse
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,12 @@ from hpcmlp.errors import DataError, InputMissing
 
 _CHUNK_BYTES = 1 << 19
 _ALIGNMENT = 64
+
+
+def hdf5_versions() -> dict[str, str]:
+    """Return the versions of h5py and of the HDF5 library in it. Local."""
+    import h5py
+    return {"h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version}
 
 
 def shard_name(split: str, number: int, count: int) -> str:
@@ -44,7 +49,7 @@ def write_shard(path: str | os.PathLike, x: np.ndarray, y: np.ndarray, weight: n
 
     data = shard_image(x, y, weight, attrs, compression)
     write_atomically(path, data)
-    return ShardEntry(Path(path).name, int(x.shape[0]), len(data), hashlib.sha256(data).hexdigest())
+    return ShardEntry(os.path.basename(path), int(x.shape[0]), len(data), hashlib.sha256(data).hexdigest())
 
 
 def shard_image(x: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None, attrs: dict[str, Any] | None = None,
@@ -79,7 +84,7 @@ class ShardReader:
     """
 
     def __init__(self, path: str | os.PathLike, entry: ShardEntry):
-        self.path = Path(path)
+        self.path = os.fspath(path)
         self.entry = entry
         self._file: Any = None
         self._handle = -1

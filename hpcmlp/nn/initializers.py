@@ -54,7 +54,7 @@ def initialize(spec: NetworkSpec, seed: int, kind: str = "auto", dtype: Any = np
     return flat
 
 
-def _draw(part: np.ndarray, generator: np.random.Generator, kind: str, fan_in: int, fan_out: int) -> None:
+def _draw(part: np.ndarray, generator: "np.random.Generator", kind: str, fan_in: int, fan_out: int) -> None:
     """Fill `part` with numbers of the wanted distribution."""
     rule, _, shape = kind.partition("_")
     variance = {"he": 2.0 / fan_in, "glorot": 2.0 / (fan_in + fan_out), "lecun": 1.0 / fan_in,

@@ -2,11 +2,9 @@
 
 import math
 import os
-import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,20 +16,14 @@ from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import TrainConfig, flag, to_toml
 from hpcmlp.data.loader import Loader
-from hpcmlp.data.manifest import Manifest, read_manifest
+from hpcmlp.data.manifest import Manifest
 from hpcmlp.errors import ConfigError, DataError, RunFailed, StoppedAndSaved
-from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss, balanced_class_weights, default_loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
 from hpcmlp.nn.schedules import Schedule
 from hpcmlp.ops import open_ops
-from hpcmlp.run import checkpoint
-from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, replica_error
-from hpcmlp.run.curves import draw_curves
-from hpcmlp.run.directory import RunDirectory, check_same_run, finite, to_json
-from hpcmlp.run.evaluation import evaluate_split
-from hpcmlp.run.faults import planned_fault
+from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, open_dataset, replica_error, versions
 from hpcmlp.run.session import Session
 from hpcmlp.run.signals import StopFlag
 from hpcmlp.sync.buckets import cut
@@ -53,13 +45,14 @@ HIGHER_IS_BETTER = ("accuracy", "top", "auc", "f1", "precision", "recall", "r2")
 def main(config: TrainConfig, comm: Any) -> int:
     """Train as `config` says. Collective over `comm`; returns 0, or raises HpcmlpError."""
     topology = Topology(comm)
+    manifest = open_dataset(comm, config.data)
     with agreed(comm):
-        manifest = read_manifest(config.data)
         check_fits(config, manifest)
-    check_alike(comm, {**asdict(config), "data set": manifest.digest(), **checkpoint.versions()})
+    check_alike(comm, {**asdict(config), **versions()})
     directory = None
     with agreed(comm):
         if comm.rank == 0:
+            from hpcmlp.run.directory import RunDirectory  # imports cost file-system calls: only where needed
             directory = RunDirectory(config.out, config.resume)
     try:
         # Whether numbers are finite is decided from the control words; NumPy's warnings would only add noise.
@@ -134,7 +127,7 @@ class Training:
     Collective over `topology.comm`. `directory` is None on all ranks but 0.
     """
 
-    def __init__(self, config: TrainConfig, topology: Topology, manifest: Manifest, directory: RunDirectory | None):
+    def __init__(self, config: TrainConfig, topology: Topology, manifest: Manifest, directory: Any):
         self.config, self.topology, self.comm, self.manifest = config, topology, topology.comm, manifest
         self.directory = directory
         self.console = Console(topology.rank == 0, config.progress)
@@ -211,6 +204,7 @@ class Training:
         layout = self.spec.layout()
         flat = np.empty(layout.size, np.float32)
         if self.topology.rank == 0:
+            from hpcmlp.nn.initializers import initialize  # brings numpy.random along
             flat[...] = initialize(self.spec, self.config.seed, self.config.initializer, np.float32)
         messages.broadcast(self.comm, flat)
         return flat
@@ -236,6 +230,7 @@ class Training:
             if meta["dataset_digest"] != self.manifest.digest():
                 raise ConfigError(f"--resume with other data: {self.config.data} is not the data set that the run "
                                   f"started with ({meta['data']}); give that one, or another --out.")
+            from hpcmlp.run.directory import check_same_run
             check_same_run(meta["config"], _listed(asdict(self.config)), FREE_ON_RESUME)
 
         found, notes = self.session.restore(self.config.out, check)
@@ -279,7 +274,10 @@ class Training:
     def _loop(self, flag: StopFlag) -> None:
         """The steps of the run, each as the design's section 3 has it."""
         c, progress, skips = self.config, self.session.progress, 0
-        fault = planned_fault(self.topology.rank)
+        fault = None
+        if "HPCMLP_FAULT" in os.environ:
+            from hpcmlp.run.faults import planned_fault  # tests only
+            fault = planned_fault(self.topology.rank)
         for number in range(progress.step, self.total_steps):
             begin = time.perf_counter()
             epoch, t = divmod(number, self.steps_per_epoch)
@@ -367,7 +365,7 @@ class Training:
         value = val[self.monitor]
         sign = -1.0 if self.monitor.startswith(HIGHER_IS_BETTER) else 1.0
         if math.isfinite(value) and (progress.best_value is None or sign * value < sign * progress.best_value):
-            progress.best_value, progress.best_step, progress.best_val = value, progress.step, finite(val)
+            progress.best_value, progress.best_step, progress.best_val = value, progress.step, val
             progress.worse = 0
             self.session.keep_best(usable)
         else:
@@ -376,6 +374,7 @@ class Training:
 
     def _evaluate(self, loader: Loader, flat: np.ndarray) -> dict[str, Any]:
         """Return the metrics of the host parameters `flat`; the live parameters stay as they are."""
+        from hpcmlp.run.evaluation import evaluate_split  # after the first epoch, not before the first step
         network = self.network
         if flat is not network.params:
             if self._judge is None:
@@ -393,8 +392,10 @@ class Training:
         state = self.session.capture(self._meta())
         with agreed(self.comm):
             if self.directory is not None:
+                from hpcmlp.run import checkpoint
                 path = checkpoint.save(self.config.out, state.meta["step"], state, self.config.keep)
-                self._log({"kind": "event", "event": "saved", "step": state.meta["step"], "checkpoint": path.name})
+                self._log({"kind": "event", "event": "saved", "step": state.meta["step"],
+                           "checkpoint": path.name})
         self._save_s = time.perf_counter() - begin
 
     def _meta(self) -> dict[str, Any]:
@@ -404,7 +405,7 @@ class Training:
                                                      "target_scale")}
         return {"config": _listed(asdict(self.config)), "network": asdict(self.spec), "loss": self.loss.metadata(),
                 "data": os.path.abspath(self.config.data), "dataset_digest": m.digest(),
-                "versions": checkpoint.versions(),
+                "versions": versions(),
                 "model": {**model, "preprocessing_digest": m.preprocessing_digest()}}
 
     def _log(self, record: dict[str, Any]) -> None:
@@ -428,9 +429,11 @@ class Training:
             self.console.line(f"finished {progress.step} steps in {progress.seconds:.1f} s; run directory {c.out}")
 
     def _write_summary(self, flat: np.ndarray, test: dict[str, Any]) -> None:
+        from hpcmlp.run.directory import to_json
         c, progress, layout = self.config, self.session.progress, self.network.layout
-        median = statistics.median(self._step_times) if self._step_times else 0.0
-        note = draw_curves([Path(c.out)], Path(c.out) / "curves.png")
+        median = float(np.median(self._step_times)) if self._step_times else 0.0
+        from hpcmlp.run.curves import draw_curves  # rank 0 only, at the end
+        note = draw_curves([c.out], os.path.join(c.out, "curves.png"))
         if note:
             self.console.line(note)
         self.directory.write("summary.json", to_json(
@@ -442,7 +445,7 @@ class Training:
              "parameters_sha256": layout.sha256(flat),
              "num_params": layout.num_params,
              "samples_per_s": min(c.global_batch_size, self.manifest.rows("train")) / median if median else None,
-             "step_s": median, "wall_s": progress.seconds, "versions": checkpoint.versions()}) + "\n")
+             "step_s": median, "wall_s": progress.seconds, "versions": versions()}) + "\n")
 
 
 def _listed(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,32 +9,26 @@ manifest loses nothing. Nothing in a checkpoint is executed: arrays, and JSON fo
 import hashlib
 import io
 import json
+import math
 import os
-import platform
 import re
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
-import hpcmlp
 from hpcmlp.data.files import discard_directory, publish_directory, write_atomically
 from hpcmlp.errors import CannotWrite, ConfigError, DataError, InputMissing
 from hpcmlp.nn.network import NetworkSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}\.[0-9a-f]+\.partial")
 _MANIFEST_LIMIT_BYTES = 1 << 20
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that decide results: hpcmlp, Python, NumPy, h5py, HDF5, machine. Local."""
-    return {"hpcmlp": hpcmlp.__version__, "python": platform.python_version(), "numpy": np.__version__,
-            "h5py": h5py.__version__, "hdf5": h5py.version.hdf5_version, "machine": platform.machine()}
 
 
 @dataclass
@@ -49,17 +43,34 @@ class State:
         return {path[len(name) + 1:]: a for path, a in self.arrays.items() if path.startswith(name + "/")}
 
 
+def _path(path: str | os.PathLike) -> "Path":
+    """A Path, whose module is imported on the one rank that saves and reads: it costs 40 calls to the file system."""
+    from pathlib import Path
+    return Path(path)
+
+
+def finite(value: Any) -> Any:
+    """Return JSON-able `value` with None in place of numbers that are not finite. Local."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return value
+
+
 def checkpoint_name(step: int) -> str:
     """Return the directory name of the checkpoint of `step`. Local."""
     return f"step-{step:08d}"
 
 
-def save(run_dir: str | os.PathLike, step: int, state: State, keep: int = 2) -> Path:
+def save(run_dir: str | os.PathLike, step: int, state: State, keep: int = 2) -> "Path":
     """Write a checkpoint, make it durable, and delete the oldest beyond `keep`.
 
     Local: one rank calls it. Raises CannotWrite; then all earlier checkpoints are as they were.
     """
-    parent = Path(run_dir) / "checkpoints"
+    parent = _path(run_dir) / "checkpoints"
     final = parent / checkpoint_name(step)
     image = _image(state)
     manifest = {"format_version": FORMAT_VERSION, "step": step, "bytes": len(image),
@@ -83,28 +94,28 @@ def save(run_dir: str | os.PathLike, step: int, state: State, keep: int = 2) -> 
     return final
 
 
-def _remove_old(parent: Path, keep: int) -> None:
+def _remove_old(parent: "Path", keep: int) -> None:
     for path in list_checkpoints(parent.parent)[keep:]:
         # Out of the readers' sight first: a half-deleted checkpoint must not look like a damaged one.
         hidden = parent / f".{path.name}.{os.urandom(4).hex()}.partial"
         os.rename(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        discard_directory(hidden)
     for path in parent.glob(".step-*.old"):
-        shutil.rmtree(path, ignore_errors=True)
+        discard_directory(path)
 
 
 def remove_leftovers(run_dir: str | os.PathLike) -> None:
     """Remove unfinished checkpoints of a killed run. Local; only the owner of the run's lock may call it."""
-    for path in (Path(run_dir) / "checkpoints").glob(".step-*"):
+    for path in (_path(run_dir) / "checkpoints").glob(".step-*"):
         if _TEMPORARY.fullmatch(path.name) or path.name.endswith(".old"):
-            shutil.rmtree(path, ignore_errors=True)
+            discard_directory(path)
 
 
 def _image(state: State) -> bytes:
     """Return the bytes of an HDF5 file with the state; the same state gives the same bytes."""
     with h5py.File("image", "w", driver="core", backing_store=False, block_size=1 << 20) as file:
         file.attrs["format_version"] = FORMAT_VERSION
-        meta = json.dumps(state.meta, allow_nan=False, sort_keys=True).encode()
+        meta = json.dumps(finite(state.meta), allow_nan=False, sort_keys=True).encode()
         _write_array(file, "meta.json", np.frombuffer(meta, np.uint8))
         for path, array in state.arrays.items():
             _write_array(file, path, array)
@@ -118,9 +129,9 @@ def _write_array(file: h5py.File, path: str, array: np.ndarray) -> None:
     data.attrs["sha256"] = hashlib.sha256(array).hexdigest()
 
 
-def list_checkpoints(run_dir: str | os.PathLike) -> list[Path]:
+def list_checkpoints(run_dir: str | os.PathLike) -> "list[Path]":
     """Return the checkpoint directories of a run, newest step first. Local."""
-    parent = Path(run_dir) / "checkpoints"
+    parent = _path(run_dir) / "checkpoints"
     try:
         found = [(int(m.group(1)), parent / name) for name in os.listdir(parent) if (m := _NAME.fullmatch(name))]
     except OSError:
@@ -133,7 +144,7 @@ def read(path: str | os.PathLike) -> State:
 
     Local. Raises DataError naming what is wrong, InputMissing when its files are not there.
     """
-    path = Path(path)
+    path = _path(path)
     image = _read_image(path)
     try:
         with h5py.File(io.BytesIO(image), "r") as file:
@@ -147,7 +158,7 @@ def read(path: str | os.PathLike) -> State:
     return State(meta, arrays)
 
 
-def _read_image(path: Path) -> bytes:
+def _read_image(path: "Path") -> bytes:
     try:
         image = (path / "state.h5").read_bytes()
     except OSError as error:
@@ -167,7 +178,7 @@ def _read_image(path: Path) -> bytes:
     return image
 
 
-def _read_arrays(path: Path, file: h5py.File) -> dict[str, np.ndarray]:
+def _read_arrays(path: "Path", file: h5py.File) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
 
     def visit(name: str, item: Any) -> None:
@@ -212,7 +223,7 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
     arrays = {name: {"shape": list(a.shape), "dtype": str(a.dtype), "bytes": a.nbytes}
               for name, a in state.arrays.items()}
     return {"path": str(path), "meta": state.meta, "arrays": arrays,
-            "bytes": os.path.getsize(Path(path) / "state.h5")}
+            "bytes": os.path.getsize(_path(path) / "state.h5")}
 
 
 @dataclass
@@ -254,7 +265,7 @@ def load_model(run_dir: str | os.PathLike, which: str = "best") -> Model:
     """
     state, _ = newest_good(run_dir)
     if state is None:
-        what = "has no checkpoint yet" if Path(run_dir).is_dir() else "is no run directory"
+        what = "has no checkpoint yet" if _path(run_dir).is_dir() else "is no run directory"
         raise InputMissing(f"{run_dir}: {what}; give the --out of a 'hpcmlp train'.")
     meta = state.meta
     params = state.group("best") if which == "best" else {}

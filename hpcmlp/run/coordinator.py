@@ -1,21 +1,51 @@
 """Rank 0's second job: equal starts on all ranks, checks of the replicas, log, console and checkpoints."""
 
-import json
+import ast
+import os
 import sys
 from typing import Any
 
 import numpy as np
 
+import hpcmlp
 from hpcmlp.comm import messages
+from hpcmlp.comm.agreement import agreed
+from hpcmlp.data.manifest import Manifest, manifest_from_dict, read_manifest
+from hpcmlp.data.shards import hdf5_versions
 from hpcmlp.errors import ConfigError, RunFailed
 
 
+def versions() -> dict[str, str]:
+    """Return the versions that decide results: hpcmlp, Python, NumPy, h5py, HDF5, machine. Local."""
+    return {"hpcmlp": hpcmlp.__version__, "python": sys.version.split()[0], "numpy": np.__version__,
+            **hdf5_versions(), "machine": os.uname().machine}
+
+
+def _literal(text: bytes) -> Any:
+    """Plain values from their repr: no rank needs the JSON modules, 25 calls to the file system, to get started."""
+    return ast.literal_eval(text.decode())
+
+
+def open_dataset(comm: Any, directory: str) -> Manifest:
+    """Return the manifest of a data set directory: rank 0 reads and checks it, and gives it out.
+
+    Collective over `comm`. Raises what `data.manifest.read_manifest` raises, on all ranks.
+    """
+    text = None
+    with agreed(comm):
+        if comm.rank == 0:
+            manifest = read_manifest(directory)
+            text = repr(manifest.to_dict()).encode()
+    text = messages.broadcast_bytes(comm, text)
+    return manifest if comm.rank == 0 else manifest_from_dict(_literal(text))
+
+
 def check_alike(comm: Any, facts: dict[str, Any]) -> None:
-    """Raise the same ConfigError on all ranks when `facts` (JSON-able) differ between them.
+    """Raise the same ConfigError on all ranks when `facts` (plain values) differ between them.
 
     Collective over `comm`. The sentence names the first rank that differs from rank 0, and how.
     """
-    gathered = [json.loads(b) for b in messages.all_gather_bytes(comm, json.dumps(facts, sort_keys=True).encode())]
+    gathered = [_literal(b) for b in messages.all_gather_bytes(comm, repr(facts).encode())]
     for rank, other in enumerate(gathered):
         odd = [f"{key} is {other.get(key)!r} there and {value!r} on rank 0" for key, value in gathered[0].items()
                if other.get(key) != value]

@@ -4,14 +4,13 @@ import json
 import math
 import os
 import signal
-import socket
 import time
-from pathlib import Path
 from typing import Any
 
 from hpcmlp.data.files import write_atomically, write_failure
 from hpcmlp.errors import CannotWrite, ConfigError
 from hpcmlp.run import checkpoint
+from hpcmlp.run.checkpoint import finite
 
 _STALE_S = 300.0
 _BEAT_S = 20.0
@@ -20,17 +19,6 @@ _BEAT_S = 20.0
 def to_json(value: Any) -> str:
     """Return one line of strict JSON; numbers that are not finite become null. Local."""
     return json.dumps(finite(value), allow_nan=False)
-
-
-def finite(value: Any) -> Any:
-    """Return JSON-able `value` with None in place of numbers that are not finite. Local."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return value
 
 
 class RunDirectory:
@@ -46,6 +34,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | os.PathLike, resume: bool):
+        from pathlib import Path  # on the one rank that writes: its import costs 40 calls to the file system
         self.path = Path(path)
         self._claim()
         self._log = None
@@ -63,7 +52,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CannotWrite(f"{self.path}: cannot make this run directory ({error.strerror}).") from None
-        mine = to_json({"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"),
+        mine = to_json({"host": os.uname().nodename, "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID"),
                         "since": time.time()})
         for _ in range(2):
             try:
@@ -85,7 +74,7 @@ class RunDirectory:
         raise CannotWrite(f"{self.path}: another run took this directory just now; name another --out.")
 
     @property
-    def _lock(self) -> Path:
+    def _lock(self) -> Any:
         return self.path / "lock"
 
     def _take_over(self) -> None:
@@ -99,7 +88,7 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             host, pid, job = "?", -1, None
             age = age if "age" in locals() else 0.0
-        here = host == socket.gethostname()
+        here = host == os.uname().nodename
         stale = (here and not _alive(pid)) or age > _STALE_S or \
             (job is not None and job == os.environ.get("SLURM_JOB_ID") and not (here and _alive(pid)))
         if not stale:

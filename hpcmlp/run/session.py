@@ -1,15 +1,16 @@
 """Everything a run carries from step to step, and its way into a checkpoint and back on any number of ranks."""
 
-import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hpcmlp.comm import messages
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.errors import ConfigError
-from hpcmlp.run import checkpoint
+
+if TYPE_CHECKING:
+    from hpcmlp.run import checkpoint
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Session:
         """Keep this rank's ranges of `flat` as the best parameters so far. Local."""
         self.best = self.strategy.owned(flat)
 
-    def capture(self, meta: dict[str, Any]) -> checkpoint.State:
+    def capture(self, meta: dict[str, Any]) -> "checkpoint.State":
         """Return the whole state with `meta` added. Collective; every rank gets it, one may save it."""
         layout = self.network.layout
         flats = {"params": self.host_params()}
@@ -84,6 +85,7 @@ class Session:
                   for name, view in layout.views(flat).items()}
         progress = asdict(self.progress)
         best = {"step": self.progress.best_step, "value": self.progress.best_value, "val": self.progress.best_val}
+        from hpcmlp.run import checkpoint  # what the first step does not need is imported after it
         return checkpoint.State({**meta, "step": self.progress.step, "progress": progress, "best": best,
                                  "has_best": self.best is not None}, arrays)
 
@@ -102,8 +104,10 @@ class Session:
         notes : one sentence for every damaged checkpoint passed over (rank 0; empty elsewhere).
         """
         state, notes, meta = None, [], b""
+        import json
         with agreed(self.comm):
             if self.comm.rank == 0:
+                from hpcmlp.run import checkpoint
                 state, notes = checkpoint.newest_good(run_dir)
                 if state is not None:
                     check(state.meta)
@@ -123,7 +127,7 @@ class Session:
             self.keep_best(self._give_out(state, "best"))
         return True, notes
 
-    def _check_arrays(self, state: checkpoint.State) -> None:
+    def _check_arrays(self, state: "checkpoint.State") -> None:
         groups = ["params", *(f"optimizer/{name}" for name in self.optimizer.state)]
         groups += ["average"] * (self.average is not None) + ["best"] * state.meta["has_best"]
         for group in groups:
@@ -133,7 +137,7 @@ class Session:
                 raise ConfigError(f"the checkpoint of step {state.meta['step']} does not fit this network: {group}: "
                                   f"{error}.") from None
 
-    def _give_out(self, state: checkpoint.State | None, group: str) -> np.ndarray:
+    def _give_out(self, state: "checkpoint.State | None", group: str) -> np.ndarray:
         """Return the flat vector `group` of rank 0's state on every rank."""
         layout, dtype = self.network.layout, self.network.dtype
         flat = np.empty(layout.size, dtype) if state is None else layout.pack(state.group(group), dtype)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -57,12 +58,12 @@ def test_a_directory_appears_at_once(tmp_path):
     for given in (tmp_path / "deep" / "out", tmp_path / "empty"):
         if given.name == "empty":
             given.mkdir()
-        work = new_directory(given)
+        work = Path(new_directory(given))
         (work / "f").write_bytes(b"1")
         assert not (given / "f").exists()
         publish_directory(work, given)
         assert (given / "f").read_bytes() == b"1" and not work.exists()
-    work = new_directory(tmp_path / "never")
+    work = Path(new_directory(tmp_path / "never"))
     discard_directory(work)
     assert sorted(os.listdir(tmp_path)) == ["deep", "empty"]
 

@@ -14,7 +14,8 @@ from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.ops.host import HostOps
-from hpcmlp.run.evaluation import evaluate_split, roc_areas
+from hpcmlp.run.evaluation import evaluate_split
+from hpcmlp.run.roc import roc_areas
 
 
 @dataclass
@@ -197,12 +198,12 @@ def test_auc_without_one_of_the_classes_does_not_exist(comm):
 @pytest.mark.mpi
 def test_classes_beyond_one_exchange_give_the_same_areas(comm, monkeypatch):
     before = evaluate("classes", 80, comm)[0]
-    monkeypatch.setattr("hpcmlp.run.evaluation.EXCHANGE_BYTES", 1)
+    monkeypatch.setattr("hpcmlp.run.roc.EXCHANGE_BYTES", 1)
     assert evaluate("classes", 80, comm)[0]["auc"] == before["auc"]
 
 
 @pytest.mark.mpi
 def test_scores_beyond_the_limit_leave_the_auc_out_and_say_so(comm, monkeypatch):
-    monkeypatch.setattr("hpcmlp.run.evaluation.SCORE_LIMIT_BYTES", 8)
+    monkeypatch.setattr("hpcmlp.run.roc.SCORE_LIMIT_BYTES", 8)
     result = evaluate("classes", 80, comm)[0]
     assert math.isnan(result["auc"]) and "left out" in result["auc_note"] and "auc" not in result["classes"]["a"]

@@ -52,7 +52,8 @@ class Alone:
 def make_step(collective, size, *, whole=False, optimizer="adamw", bucket=300, rows=ROWS, spec=SPEC, **options):
     ops = HostOps()
     layout = spec.layout()
-    params = (collective.empty if whole or isinstance(collective, Alone) else collective.common)(layout.size, np.float32)
+    own = whole or isinstance(collective, Alone)
+    params = (collective.empty if own else collective.common)(layout.size, np.float32)
     network = Network(spec, ops, ROWS, params, collective.empty(layout.size, np.float32))
     network.params[...] = initialize(spec, 3, "auto", np.float32)
     closings = sorted((t.start for t in network.layout.tensors if t.name.startswith("layers.")
