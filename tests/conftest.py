@@ -151,24 +151,35 @@ def clean_environment(**changes):
     return environ
 
 
-@pytest.fixture
-def run_ranks():
-    """A function that runs `python *arguments` on `ranks` ranks (0: without a launcher) and returns what came out.
+@pytest.fixture(scope="session")
+def start_ranks():
+    """A function that starts `python *arguments` on `ranks` ranks (0: without a launcher) and returns the process.
 
-    run_ranks(2, "-m", "hpcmlp", "train", ..., timeout=60, cwd=None, env={"NAME": "value"}) -> CompletedProcess with
-    text in stdout and stderr. Past `timeout` seconds the processes are killed and the test fails.
+    start_ranks(2, "-m", "hpcmlp", "train", ..., cwd=None, env={"NAME": "value"}) -> Popen with text pipes, leader of a
+    process group of its own. Whoever starts it waits for it.
     """
-    def run(ranks, *arguments, timeout=60, cwd=None, env=None):
+    def start(ranks, *arguments, cwd=None, env=None):
         command = [sys.executable, *map(str, arguments)]
         if ranks:
             command = [find_mpiexec(), "-n", str(ranks), *command]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
-                                   text=True, cwd=cwd, env=clean_environment(**(env or {})), start_new_session=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                text=True, cwd=cwd, env=clean_environment(**(env or {})), start_new_session=True)
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_ranks(start_ranks):
+    """A function that runs what `start_ranks` starts to its end and returns a CompletedProcess with text output.
+
+    run_ranks(..., timeout=60): past `timeout` seconds the processes are killed and the test fails.
+    """
+    def run(ranks, *arguments, timeout=60, cwd=None, env=None):
+        process = start_ranks(ranks, *arguments, cwd=cwd, env=env)
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
-            pytest.fail(f"{' '.join(command)} did not end in {timeout} s\n{out[-4000:]}\n{err[-4000:]}")
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
+            pytest.fail(f"{' '.join(process.args)} did not end in {timeout} s\n{out[-4000:]}\n{err[-4000:]}")
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
     return run

@@ -2,6 +2,8 @@
 
 import importlib
 
+import numpy as np
+
 from hpcmlp.errors import Unavailable
 from hpcmlp.ops.plain import PlainOps
 
@@ -25,6 +27,17 @@ class DeviceOps(PlainOps):
             out.set(a)
         else:
             out[...] = a
+
+
+    def bring(self, a):
+        return None if a is None else self.xp.asarray(a)
+
+    def gather(self, source, rows, out, shift=None, scale=None):
+        if isinstance(source, np.ndarray):
+            # Samples are kept on the host: pick the rows there, in their own small type, and send only these.
+            source = self.xp.asarray(source[rows])
+            rows = self.xp.arange(source.shape[0])
+        super().gather(source, rows, out, shift, scale)
 
 
 def open_device(local_rank: int) -> DeviceOps:

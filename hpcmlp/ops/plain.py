@@ -56,6 +56,13 @@ class PlainOps:
         """
         out[...] = a
 
+    def bring(self, a: np.ndarray | None) -> Array | None:
+        """Return the NumPy array `a` as an array of this side: itself on the host, a copy on a device; None stays None.
+
+        Local.
+        """
+        return a
+
     def gather(
         self, source: Array, rows: Array, out: Array, shift: Array | None = None, scale: Array | None = None
     ) -> None:

@@ -168,7 +168,7 @@ def _visit(network: Any, ops: Any, loss: Any, loader: Any, manifest: Any, metric
     dlogits = ops.empty((network.max_rows, network.spec.sizes[-1]), network.dtype)
     for batch in loader.sequential(network.max_rows):
         logits, host = inputs.forward(batch.source, batch.index)
-        losses += loss(ops, logits, batch.targets, batch.weights, dlogits[:batch.rows])
+        losses += loss(ops, logits, ops.bring(batch.targets), ops.bring(batch.weights), dlogits[:batch.rows])
         if manifest.task == "classification" and host.shape[1] == 1:
             host = np.concatenate([np.zeros_like(host), host], axis=1)  # one logit stands for class 1 against 0
         metrics.add(host, batch.targets, batch.weights)

@@ -110,7 +110,7 @@ class Step:
             ops.gather(batch.source, batch.index[start:stop], x, self.shift, self.scale)
             logits = network.forward(x, training=True, seed=self.seed, step=step, first=batch.first + start)
             weights = None if batch.weights is None else batch.weights[start:stop]
-            loss, weight = self.loss(ops, logits, batch.targets[start:stop], weights, dlogits)
+            loss, weight = self.loss(ops, logits, ops.bring(batch.targets[start:stop]), ops.bring(weights), dlogits)
             network.backward(dlogits, add=start > 0)
             words.add_loss(rows, weight, loss)
         # One pass over the gradient costs less than finding out a step later on one rank only.

@@ -17,6 +17,11 @@ import numpy as np
 from hpcmlp.sync.buckets import Bucket, owned_ranges
 
 
+def on_host(array: Any) -> bool:
+    """Return whether messages can be sent from `array` itself. Local."""
+    return isinstance(array, np.ndarray)
+
+
 class SlicedUpdate:
     """Reduce-scatter of the gradient, update of this rank's slice, all-gather of the parameters.
 
@@ -33,10 +38,9 @@ class SlicedUpdate:
         self.collective, self.buckets, self.size = collective, buckets, size
         self.params, self.grads, self.ops = params, grads, ops
         self.ranges = self._ranges()
-        on_host = isinstance(params, np.ndarray)
-        self._host_params = params if on_host else np.zeros(params.shape, params.dtype)
-        self._host_grads = grads if on_host else np.zeros(grads.shape, grads.dtype)
-        self._staged = not on_host
+        self._staged = not on_host(params)
+        self._host_params = np.zeros(params.shape, params.dtype) if self._staged else params
+        self._host_grads = np.zeros(grads.shape, grads.dtype) if self._staged else grads
         # The collectives prepare their messages per array: kept arrays make that a cost of the first call only.
         self._square = np.zeros(1, dtype=np.float64)
         self._gathered: np.ndarray | None = None

@@ -1,49 +1,24 @@
 """Programs run as a user runs them: in processes of their own, under the launcher beside this interpreter."""
 
 import csv
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-TIMEOUT_S = 90
-
-
-def launcher() -> str:
-    beside = Path(sys.executable).with_name("mpiexec")
-    return os.environ.get("MPIEXEC") or (str(beside) if beside.exists() else shutil.which("mpiexec"))
-
-
-def command(*arguments, ranks=None):
-    base = [sys.executable, "-m", "hpcmlp", *map(str, arguments)]
-    return base if ranks is None else [launcher(), "-n", str(ranks), *base]
-
-
-def clean_environment(**more):
-    """The environment without what a launcher of the test suite itself has left in it."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_", "HYDRA", "MPI_LOCAL", "SLURM_"))}
-    return {**kept, **{k: str(v) for k, v in more.items()}}
-
 
 @pytest.fixture(scope="session")
-def hpcmlp():
+def hpcmlp(run_ranks):
     """Run `hpcmlp ARGUMENTS`; `ranks=None` without a launcher. Returns the finished process with text output."""
-    def run(*arguments, ranks=None, env=None, timeout=TIMEOUT_S, cwd=None):
-        return subprocess.run(command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=timeout,
-                              env=clean_environment(**(env or {})), cwd=cwd)
+    def run(*arguments, ranks=None, env=None, timeout=120, cwd=None):
+        return run_ranks(ranks or 0, "-m", "hpcmlp", *arguments, env=env, timeout=timeout, cwd=cwd)
     return run
 
 
 @pytest.fixture(scope="session")
-def start_hpcmlp():
+def start_hpcmlp(start_ranks):
     """Start `hpcmlp ARGUMENTS` and return the process; whoever starts it waits for it or kills it."""
     def start(*arguments, ranks=None, env=None):
-        return subprocess.Popen(command(*arguments, ranks=ranks), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, env=clean_environment(**(env or {})))
+        return start_ranks(ranks or 0, "-m", "hpcmlp", *arguments, env=env)
     return start
 
 

@@ -9,6 +9,7 @@ from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import RULES, Average, make_optimizer
+from hpcmlp.ops.device import DeviceOps
 from hpcmlp.ops.host import HostOps
 from hpcmlp.sync.buckets import cut
 from hpcmlp.sync.step import Step
@@ -170,3 +171,37 @@ def test_ranks_without_samples_take_part(comm):
         batch = Rows(0, ROWS, k, weighted=True) if last else Rows(0, 0, k, weighted=True)
         assert step.run(batch, k, 0.01).loss == pytest.approx(losses[k], rel=2e-5)
     np.testing.assert_allclose(step.network.params, alone.network.params, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_device_side_takes_the_same_steps(comm, whole, monkeypatch):
+    """DeviceOps over a NumPy array type of its own: staged messages, rows picked on the host, targets brought over."""
+    class DeviceArray(np.ndarray):
+        """Stands in for a CuPy array."""
+
+    class Module:
+        """NumPy whose new arrays are DeviceArray."""
+
+        def __getattr__(self, name):
+            found = getattr(np, name)
+            if name not in ("empty", "zeros", "asarray", "arange"):
+                return found
+            return lambda *a, **k: found(*a, **k).copy().view(DeviceArray)
+
+    ring = make_collective("ring", Topology(comm))
+    ops = DeviceOps(Module())
+    layout = SPEC.layout()
+    network = Network(SPEC, ops, ROWS)
+    ops.from_host(initialize(SPEC, 3, "auto", np.float32), network.params)
+    buckets = cut(layout.size, [t.start for t in reversed(layout.tensors) if t.name.startswith("layers.")
+                                and t.name.endswith(".weight")], 300, comm.size)
+    monkeypatch.setattr("hpcmlp.sync.strategy.on_host", lambda array: not isinstance(array, DeviceArray))
+    strategy = make_strategy(whole)(ring, buckets, comm.size, network.params, network.grads, ops)
+    rule = make_optimizer("adamw", ops, layout, strategy.ranges, np.float32)
+    step = Step(network, Loss("softmax_cross_entropy"), rule, strategy, ops, rows=ROWS)
+    alone, losses = reference(3)
+    for k in range(3):
+        result = step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01, check=True)
+        assert result.loss == pytest.approx(losses[k], rel=2e-5) and result.replicas_agree
+    np.testing.assert_allclose(np.asarray(network.params), alone.network.params, rtol=2e-4, atol=2e-5)
