@@ -20,7 +20,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 DATA ?= data/mnist
 RUN ?= runs/mnist
-TRAIN_OPTIONS ?= --hidden 512,256 --epochs 12 --global-batch-size 512 --optimizer adamw --lr 0.002 --schedule cosine
+TRAIN_OPTIONS ?= --hidden 512,256 --dropout 0.25 --epochs 15 --global-batch-size 512 --lr 0.003 --schedule cosine
 WHEELHOUSE_EXTRAS ?= mpich,plot,progress
 PYTEST := $(BIN)/python -m pytest
 
@@ -61,7 +61,7 @@ run: $(INSTALLED) $(DATA)/dataset.json ## train on MNIST with NP ranks, evaluate
 
 example: $(INSTALLED) data/mnist/dataset.json ## the article's example: three layers, Adam, 1000 steps, inference
 	rm -rf runs/article
-	$(MPIEXEC) -n $(NP) $(HPCMLP) train --config benchmarks/article.toml --data data/mnist --out runs/article
+	$(MPIEXEC) -n $(NP) $(HPCMLP) train --config jobs/article.toml --data data/mnist --out runs/article
 	$(HPCMLP) predict runs/article data/mnist --out runs/article/predictions.h5
 
 # Ranks beyond the cores and root are refused by Open MPI unless it is told; the tests need both.
@@ -93,7 +93,10 @@ bench: $(INSTALLED) ## time the parts of a step with NP ranks
 	$(MPIEXEC) -n $(NP) $(HPCMLP) bench step
 
 bench-peers: $(INSTALLED) ## compare with other software on this machine (see benchmarks/)
-	$(BIN)/python benchmarks/peers.py
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 numpy h5py
+	$(BIN)/python benchmarks/peers/compare_steps.py --peer-python .venv-peers/bin/python
+	$(BIN)/python benchmarks/peers/compare_accuracy.py --peer-python .venv-peers/bin/python --work data/peers
 
 wheelhouse: $(INSTALLED) ## folder of wheels for machines without a network
 	$(BIN)/python -m pip wheel --quiet -w wheelhouse '.[$(WHEELHOUSE_EXTRAS)]' 'setuptools>=77'

@@ -89,8 +89,8 @@ class TrainConfig:
     dropout: float = option(0.0, low=0.0, below=1.0, help="probability of dropping a hidden activation")
     layer_norm: bool = option(False, help="layer normalisation before each activation")
     residual: bool = option(False, help="residual connection wherever neighbouring hidden layers have one width")
-    initializer: str = option("auto", choices=INITIALIZERS, help="auto: He for the ReLU family, Glorot for saturating "
-                              "activations, LeCun for selu")
+    initializer: str = option("auto", choices=INITIALIZERS, help="auto: PyTorch's for the ReLU family, Glorot "
+                              "for saturating activations, LeCun for selu")
     # loss
     loss: str = option("auto", choices=("auto", *LOSSES), help="auto: cross entropy for classes, binary cross entropy "
                        "for labels, mean squared for numbers")

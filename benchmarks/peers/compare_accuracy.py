@@ -1,6 +1,7 @@
 """Compare accuracy and CPU time of hpcmlp with PyTorch runs of the same recipe on each named data set.
 
-Both train on the same prepared rows with the recipes of recipes.json and are tested in their last state. CPU seconds:
+Both train on the same prepared rows with the recipes of recipes.json, from PyTorch's initial distribution unless
+--initializer says otherwise, and are tested in their last state. CPU seconds:
 of hpcmlp all processes from start to end, start-up, validation and test included; of PyTorch the training alone.
 """
 
@@ -41,8 +42,9 @@ def run_ours(name: str, data: Path, seed: int, args: argparse.Namespace) -> dict
     out = args.work / f"run-{name}-{args.ranks}-{seed}-{time.time_ns()}"
     hpcmlp = [args.mpiexec, "-n", str(args.ranks), sys.executable, "-m", "hpcmlp"]
     begin = time.perf_counter()
-    _, cpu = run([*hpcmlp, "train", "--data", str(data), "--out", str(out), "--optimizer", "adam", "--schedule",
-                  "cosine", "--no-progress", *options(RECIPES[name], seed, args.epochs)], args.timeout)
+    train = [*hpcmlp, "train", "--data", str(data), "--out", str(out), "--optimizer", "adam", "--schedule", "cosine",
+             "--initializer", args.initializer, "--no-progress", *options(RECIPES[name], seed, args.epochs)]
+    _, cpu = run(train, args.timeout)
     wall = time.perf_counter() - begin
     text, _ = run([*hpcmlp, "evaluate", str(out), "--which", "last", "--json"], args.timeout)
     figures = json.loads(text)
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--initializer", default="torch", help="of hpcmlp; PyTorch starts from its own default")
     parser.add_argument("--epochs", type=int, help="instead of the recipes', to try the script")
     parser.add_argument("--from-dir", type=Path, help="directory with one folder of raw files per set")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds of one run")
@@ -113,7 +116,8 @@ def main() -> None:
         print(line(results[-1]), flush=True)
     if args.out:
         args.out.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(),
-                                        "load": os.getloadavg(), "ranks": args.ranks, "results": results}, indent=1))
+                                        "load": os.getloadavg(), "ranks": args.ranks, "initializer": args.initializer,
+                                        "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True, help="a Python that has torch")
     parser.add_argument("--mpiexec", default=str(Path(sys.executable).with_name("mpiexec")))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--sync", default="ring")
+    parser.add_argument("--sync", default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps of each run")
     parser.add_argument("--networks", type=lambda text: [int(w) for w in text.split(",")], default=[0, 1, 2, 3],

@@ -56,7 +56,7 @@ def train(network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, args: argp
             loss.backward()
             optimizer.step()
             schedule.step()
-    return float(loss)
+    return loss.item()
 
 
 def evaluate(network: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, float | list[float]]:

@@ -27,7 +27,7 @@ def test_weights_have_the_variance_and_the_shape_of_their_kind(kind):
 
 
 @pytest.mark.parametrize(("activation", "same"), [
-    ("relu", "he_normal"), ("leaky_relu", "he"), ("gelu", "he"), ("silu", "he"), ("elu", "he"),
+    ("relu", "torch"), ("leaky_relu", "torch"), ("gelu", "torch"), ("silu", "torch"), ("elu", "torch"),
     ("tanh", "glorot_uniform"), ("sigmoid", "glorot"), ("softplus", "glorot"), ("selu", "lecun_normal")])
 def test_auto_follows_the_activation(activation, same):
     spec = NetworkSpec((20, 30, 3), activation)
