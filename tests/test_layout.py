@@ -21,7 +21,7 @@ INSIDE = {
     "comm": "exact_sum messages topology agreement ring native shared comm",
     "data": "data files guard layouts tables csv_numbers manifest order arrays csv_reader hdf5_reader idx_reader "
             "npz_reader parquet_reader readers row_file splits statistics download sources targets preprocess cleaning "
-            "selection shards describe samples resident streamed loader",
+            "selection summary shards describe samples resident streamed loader",
     "sync": "sync buckets control strategy step",
     "run": "run faults signals checkpoint directory coordinator session roc evaluation curves",
     "programs": "programs prepare train evaluate predict inspect report bench",

@@ -6,9 +6,9 @@ from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import EvaluateConfig
 from hpcmlp.data.loader import Loader
-from hpcmlp.data.manifest import read_manifest
 from hpcmlp.nn.losses import Loss
 from hpcmlp.ops import open_ops
+from hpcmlp.run.coordinator import open_dataset
 from hpcmlp.run.directory import to_json
 from hpcmlp.run.evaluation import check_fits, evaluate_split, open_model, open_network
 
@@ -21,8 +21,8 @@ def main(config: EvaluateConfig, comm: Any) -> int:
     topology = Topology(comm)
     model, flat = open_model(config.run, config.which, comm)
     directory = config.data or model.data
+    manifest = open_dataset(comm, directory)
     with agreed(comm):
-        manifest = read_manifest(directory)
         check_fits(model, manifest, directory, config.run)
         loader = Loader(directory, manifest, config.split, comm.rank, comm.size, memory_limit=MEMORY_BYTES)
         ops = open_ops(config.device, topology.local_rank)

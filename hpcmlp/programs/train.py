@@ -39,7 +39,7 @@ SCHEDULE_OPTIONS = {"constant": (), "step": ("step_size", "gamma"), "exponential
                     "one_cycle": ()}
 EVALUATION_ROWS = 1024
 MOST_SKIPS = 10  # consecutive updates skipped for numbers that are not finite
-HIGHER_IS_BETTER = ("accuracy", "top", "auc", "f1", "precision", "recall", "r2")
+HIGHER_IS_BETTER = ("accuracy", "label_accuracy", "subset_accuracy", "top", "auc", "f1", "precision", "recall", "r2")
 
 
 def main(config: TrainConfig, comm: Any) -> int:

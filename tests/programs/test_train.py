@@ -178,3 +178,16 @@ def test_help_shows_defaults_and_starts_no_mpi(hpcmlp):
     assert done.returncode == 0 and "--global-batch-size" in done.stdout and "default: 256" in done.stdout
     for program in ("prepare", "evaluate", "predict", "inspect", "bench", "report"):
         assert hpcmlp(program, "--help").returncode == 0
+
+
+def test_a_drifted_replica_ends_the_run_and_is_named(flowers, hpcmlp, tmp_path):
+    done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", "--steps", 30, "--sync", "ring",
+                  "--replica-check-every", 5, ranks=3, env={"HPCMLP_FAULT": "rank=2,step=10,act=flip"})
+    assert done.returncode == 70 and "parameters of rank 2 differ" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_fault_of_ours_ends_all_ranks_with_a_traceback_of_the_rank(flowers, hpcmlp, tmp_path):
+    done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", "--steps", 30, ranks=3,
+                  env={"HPCMLP_FAULT": "rank=1,step=4,act=raise"}, timeout=30)
+    assert done.returncode == 70 and "[rank 1 " in done.stderr and "fault on purpose at step 4" in done.stderr
+    assert done.stderr.count("Traceback") == 1
