@@ -53,6 +53,11 @@ data-%: data/%/dataset.json ## prepare a named data set: data-mnist, -covertype,
 data/%/dataset.json: | $(INSTALLED)
 	$(HPCMLP) prepare $* --out data/$*
 
+ifneq ($(DATA),data/mnist)
+$(DATA)/dataset.json: | $(INSTALLED)
+	$(HPCMLP) prepare mnist --out $(DATA)
+endif
+
 run: $(INSTALLED) $(DATA)/dataset.json ## train on MNIST with NP ranks, evaluate the saved model, draw the curves
 	rm -rf $(RUN)
 	$(MPIEXEC) -n $(NP) $(HPCMLP) train --data $(DATA) --out $(RUN) $(TRAIN_OPTIONS)

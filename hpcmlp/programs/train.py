@@ -216,7 +216,9 @@ class Training:
         self._started = time.monotonic()
         restored = self._restore() if self.config.resume else False
         self._open(restored)
-        limit = None if self.config.time_limit is None else 60.0 * self.config.time_limit
+        # Rank 0's clock alone counts; the control words tell the others.
+        timed = self.config.time_limit is not None and self.topology.rank == 0
+        limit = 60.0 * self.config.time_limit if timed else None
         with StopFlag(limit) as flag:
             try:
                 self._loop(flag)
