@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any
@@ -38,6 +39,7 @@ DEFAULT_EPOCHS = 10
 SCHEDULE_OPTIONS = {"constant": (), "step": ("step_size", "gamma"), "exponential": ("gamma",), "cosine": ("min_lr",),
                     "one_cycle": ()}
 EVALUATION_ROWS = 1024
+LAST_STEPS = 10_000  # whose times give the median step of the summary
 MOST_SKIPS = 10  # consecutive updates skipped for numbers that are not finite
 HIGHER_IS_BETTER = ("accuracy", "label_accuracy", "subset_accuracy", "top", "auc", "f1", "precision", "recall", "r2")
 
@@ -149,7 +151,8 @@ class Training:
         self.monitor = config.monitor if config.monitor != "auto" else \
             ("accuracy" if manifest.task == "classification" else "loss")
         self._spent = {"compute": 0.0, "comm": 0.0, "input": 0.0}
-        self._step_times: list[float] = []
+        self._step_times: deque[float] = deque(maxlen=LAST_STEPS)
+        self._epoch_rows = self._epoch_s = 0.0
         self._save_s = 0.0
         self._judge: Network | None = None  # evaluates parameters that are not the live ones
 
@@ -319,6 +322,8 @@ class Training:
         for name, seconds in (("compute", result.compute_s), ("comm", result.comm_s), ("input", input_s)):
             self._spent[name] += seconds
         self._step_times.append(step_s)
+        self._epoch_rows += result.rows
+        self._epoch_s += step_s
         if result.skipped:
             progress.skipped += 1
             self._log({"kind": "event", "event": "skipped update", "step": number + 1,
@@ -344,8 +349,8 @@ class Training:
         val: dict[str, Any] = {}
         if self.val is not None and ((epoch + 1) % c.validate_every == 0 or progress.step == self.total_steps):
             val = self._validate()
-        steps = self._step_times[-self.steps_per_epoch:]
-        rate = self.manifest.rows("train") * len(steps) / self.steps_per_epoch / sum(steps)
+        rate = self._epoch_rows / self._epoch_s
+        self._epoch_rows = self._epoch_s = 0.0
         self.console.line(epoch_line(epoch + 1, None if c.steps is not None else self.total_steps //
                                      self.steps_per_epoch, train_loss, val, rate, self._spent))
         self._log({"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "train_loss": train_loss, "val": val,
@@ -433,7 +438,7 @@ class Training:
     def _write_summary(self, flat: np.ndarray, test: dict[str, Any]) -> None:
         from hpcmlp.run.directory import to_json
         c, progress, layout = self.config, self.session.progress, self.network.layout
-        median = float(np.median(self._step_times)) if self._step_times else 0.0
+        median = float(np.median(list(self._step_times))) if self._step_times else 0.0
         from hpcmlp.run.curves import draw_curves  # rank 0 only, at the end
         note = draw_curves([c.out], os.path.join(c.out, "curves.png"))
         if note:
