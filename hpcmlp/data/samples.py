@@ -71,15 +71,15 @@ def require_memory(num_bytes: int) -> None:
 
     Local. To be asked before allocating: a kernel that overcommits grants what it lacks and kills the rank later.
     """
-    available = _available_bytes()
+    available = available_bytes()
     if available is not None and num_bytes > available:
         raise Unavailable(f"the samples of this rank need {num_bytes / 2**20:.0f} MiB of memory, "
                           f"{available / 2**20:.0f} MiB are available here; use more ranks, or --memory-limit to "
                           "stream them.")
 
 
-def _available_bytes() -> int | None:
-    """Memory that the kernel thinks it can still give, or None where it does not tell."""
+def available_bytes() -> int | None:
+    """Return the memory that the kernel thinks it can still give, or None where it does not tell."""
     try:
         with open("/proc/meminfo", "rb") as handle:
             for line in handle:

@@ -18,7 +18,8 @@ from hpcmlp.comm.topology import Topology
 from hpcmlp.config import TrainConfig, flag, to_toml
 from hpcmlp.data.loader import Loader
 from hpcmlp.data.manifest import Manifest
-from hpcmlp.errors import ConfigError, DataError, RunFailed, StoppedAndSaved
+from hpcmlp.data.samples import available_bytes
+from hpcmlp.errors import ConfigError, DataError, RunFailed, StoppedAndSaved, Unavailable
 from hpcmlp.nn.losses import Loss, balanced_class_weights, default_loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
@@ -146,7 +147,8 @@ class Training:
             self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
             self.schedule = self._schedule()
             self.hyper = chosen(config, f"--optimizer {config.optimizer}", HYPER[config.optimizer], HYPER)
-            make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self.hyper)  # checks them
+            empty = make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self.hyper)
+            self._require_memory(len(empty.state))
         self._plan_step()
         self.monitor = config.monitor if config.monitor != "auto" else \
             ("accuracy" if manifest.task == "classification" else "loss")
@@ -155,6 +157,20 @@ class Training:
         self._epoch_rows = self._epoch_s = 0.0
         self._save_s = 0.0
         self._judge: Network | None = None  # evaluates parameters that are not the live ones
+
+    def _require_memory(self, moments: int) -> None:
+        """Raise Unavailable when the network's vectors and activations cannot fit beside those of this node's ranks."""
+        t, sizes = self.topology, self.spec.sizes
+        flat = 4 * self.spec.layout().size
+        vectors = flat * (2 + moments / t.size + (self.manifest.rows("val") > 0))  # params, grads, moments, best
+        rows = -(-self.loader.local_rows_max // self.config.accumulate)
+        needed = int(vectors + 8 * rows * sum(sizes))
+        available = available_bytes()
+        if self.config.device == "cpu" and available is not None and needed * t.local_size > available:
+            raise Unavailable(f"the network {'-'.join(map(str, sizes))} with local batches of {rows} rows needs about "
+                              f"{needed / 2**30:,.1f} GiB on each of the node's {t.local_size} ranks, and "
+                              f"{available / 2**30:,.1f} GiB are free on {t.host}; use smaller --hidden or "
+                              "--global-batch-size, --accumulate, or fewer ranks per node.")
 
     def _loader(self, split: str) -> Loader:
         c = self.config

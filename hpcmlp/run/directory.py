@@ -36,6 +36,7 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike, resume: bool):
         from pathlib import Path  # on the one rank that writes: its import costs 40 calls to the file system
         self.path = Path(path)
+        self._made = not self.path.exists()
         self._claim()
         self._log = None
         try:
@@ -131,10 +132,12 @@ class RunDirectory:
         write_atomically(self.path / name, text.encode())
 
     def release(self) -> None:
-        """Close the log and give up the lock. Local."""
+        """Close the log and give up the lock; a directory made for a run that wrote nothing goes too. Local."""
         if getattr(self, "_log", None):
             self._log.close()
         self._lock.unlink(missing_ok=True)
+        if self._made and not any(self.path.iterdir()):
+            self.path.rmdir()
 
 
 def _alive(pid: int) -> bool:

@@ -173,7 +173,7 @@ def test_a_limit_too_small_to_stream_is_refused(tmp_path):
 
 def test_more_memory_than_there_is_is_refused_before_it_is_taken(tmp_path, monkeypatch):
     manifest = make(tmp_path, [100])
-    monkeypatch.setattr(samples_module, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(samples_module, "available_bytes", lambda: 1000)
     for batch in (10, None):
         with pytest.raises(Unavailable, match="use more ranks, or --memory-limit"):
             Loader(tmp_path, manifest, "train", 0, 1, batch)

@@ -60,3 +60,15 @@ def test_differences_between_runs_are_listed():
     check_same_run({"a": 1, "b": 2}, {"a": 1, "b": 3}, {"b"})
     with pytest.raises(ConfigError, match="b was 2 and is 3"):
         check_same_run({"a": 1, "b": 2}, {"a": 1, "b": 3}, set())
+
+
+def test_a_directory_made_for_nothing_goes_again(tmp_path):
+    RunDirectory(tmp_path / "new", False).release()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    RunDirectory(tmp_path / "old", False).release()
+    assert (tmp_path / "old").exists()
+    kept = RunDirectory(tmp_path / "used", False)
+    kept.write("config.toml", "lr = 1.0\n")
+    kept.release()
+    assert (tmp_path / "used" / "config.toml").exists()
