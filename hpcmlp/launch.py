@@ -86,8 +86,24 @@ def end_all(comm: Any, code: int) -> NoReturn:
         except (OSError, ValueError):   # a closed pipe must not keep the other ranks waiting
             pass
     if comm is not None and comm.size > 1:
+        _wait_until_read()
         comm.Abort(code)
     os._exit(code)
+
+
+def _wait_until_read(limit_s: float = 1.0) -> None:
+    """Wait until the launcher has read what this rank wrote: it may drop the rest of an aborted job's output."""
+    import fcntl
+    import termios
+    import time
+    end = time.monotonic() + limit_s
+    for descriptor in (1, 2):
+        try:
+            while time.monotonic() < end and any(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))):
+                time.sleep(0.002)
+        except OSError:     # a file or a terminal: nothing can be lost
+            continue
+    time.sleep(0.05)        # read by the node's proxy is not yet passed on
 
 
 def launcher_size(environ: dict[str, str]) -> tuple[int | None, str]:
