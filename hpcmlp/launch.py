@@ -58,7 +58,14 @@ def open_world() -> World:
     if crowded:
         for name, value in YIELD_VARIABLES.items():
             os.environ.setdefault(name, value)
-    MPI = _load_mpi("multiple" if crowded else "serialized")
+    # Our only windows are of node memory; Open MPI's one-sided transport over UCX would only print its failures.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+    MPI = _load_mpi()
+    if variable.startswith("OMPI") and not _library(MPI).startswith("Open MPI"):
+        # MPICH would abort inside MPI_Init with a dozen lines about PMI.
+        raise ConfigError(size_mismatch(expected, variable, 1, _library(MPI)))
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE if crowded else MPI.THREAD_SERIALIZED)
     comm = MPI.COMM_WORLD
     if expected is not None and expected != comm.size:
         raise ConfigError(size_mismatch(expected, variable, comm.size, _library(MPI)))
@@ -191,9 +198,11 @@ def cpu_quota(root: str = "/sys/fs/cgroup") -> float | None:
     return int(quota) / int(period)
 
 
-def _load_mpi(thread_level: str) -> Any:
+def _load_mpi() -> Any:
+    """Open the MPI library without initialising it: what it is decides whether it can start at all."""
     import mpi4py
-    mpi4py.rc.thread_level = thread_level
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = True
     try:
         with warnings.catch_warnings():
             # mpi4py warns of a suspicious environment; `size_mismatch` says it in one clear sentence.

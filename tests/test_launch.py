@@ -216,3 +216,13 @@ def count_calls(path):
         if match and match[1].startswith(prefixes):
             groups[match[1].rpartition("/")[0][-40:]] += 1
     return groups
+
+
+def test_open_mpis_launcher_with_another_library_is_one_sentence(run_ranks):
+    which = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+    if "Open MPI" in run_ranks(0, "-c", which).stdout:
+        pytest.skip("this Python's library belongs to that launcher")
+    result = run_ranks(0, "-m", "hpcmlp", "bench", "gemm", env={"OMPI_COMM_WORLD_SIZE": "2",
+                                                                "OMPI_COMM_WORLD_RANK": "0"})
+    assert result.returncode == 78 and "The launcher started 2 ranks" in result.stderr
+    assert result.stderr.count("\n") == 1
