@@ -20,7 +20,8 @@ if (HERE / FUSED).exists():
     extensions.append(Extension(
         "hpcmlp.ops._fused", [FUSED],
         # No contraction to fused multiply-adds: every compiler and the NumPy path then round alike.
-        extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"],
+        extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off",
+                            "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"],
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         py_limited_api=True,
         depends=[str(path.relative_to(HERE)) for path in HERE.glob("hpcmlp/ops/_fused*.h")],
