@@ -5,7 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from hpcmlp.comm.wire import BLOCK, FORMATS, make_format
+from hpcmlp import config
+from hpcmlp.comm.wire import BLOCK, FORMATS, WIRES, make_format
 
 LENGTHS = (0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 1009, 100_003)
 
@@ -120,3 +121,7 @@ def test_nothing_that_grows_with_the_array_is_allocated(name):
     tracemalloc.stop()
     # Casts go through NumPy's own buffers of 8192 elements.
     assert peak < 150_000
+
+
+def test_the_options_are_the_formats():
+    assert config.WIRES == WIRES
