@@ -13,7 +13,12 @@ They are this rank's own: no checkpoint holds them, and a run that resumes start
 takes the residuals of its own call along.
 
 The all-gather stays float32: owners' float32 parameters reach all ranks with the same bits, as do control words
-(float64, exact) and float64 arrays. Cost: bytes of the first half fall to 1/2 (bf16, float16) or about 1/4 (int8).
+(float64, exact) and float64 arrays.
+
+Cost: bytes of the first half fall to 1/2 (bf16, float16) or about 1/4 (int8); memory grows by the residuals, 4 bytes an
+element, and the messages on their way. Rounding takes time: 16 MiB between two ranks of a node, where memory is the
+wire, took 1.3 ms in float32, 8.5 in bf16, 9.9 in int8, 34 in float16 (2 cores, 2026-11-24). By these figures, not by
+trial, narrow wires gain below about 5 Gbit/s between ranks, float16 below about 1.
 """
 
 import math

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hpcmlp.comm import COLLECTIVES, check_wire, messages, open_exchange
+from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import BenchConfig
 from hpcmlp.errors import ConfigError
@@ -29,10 +30,11 @@ COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 
 def main(config: BenchConfig, comm: Any) -> int:
     """Time what `config` names. Collective over `comm`; returns 0."""
-    if config.what == "step":
-        check_wire(config.sync, config.wire)
-    elif config.wire != "float32":
-        raise ConfigError(f"--wire has no effect with bench {config.what}; it belongs to bench step.")
+    with agreed(comm):
+        if config.what == "step":
+            check_wire(config.sync, config.wire)
+        elif config.wire != "float32":
+            raise ConfigError(f"--wire has no effect with bench {config.what}; it belongs to bench step.")
     topology = Topology(comm)
     result = {"step": time_step, "comm": time_comm, "gemm": time_gemm}[config.what](config, topology)
     if comm.rank == 0:

@@ -77,6 +77,14 @@ def test_narrow_wires_train_like_float32(runs, flowers, hpcmlp, tmp_path, wire):
     np.testing.assert_allclose(*losses, rtol=0.02)
 
 
+def test_a_resumed_run_may_change_its_wire(flowers, hpcmlp, tmp_path):
+    for steps, wire in ((10, "float32"), (20, "int8"), (30, "bf16")):
+        done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", "--steps", steps, "--resume", "--wire",
+                      wire, "--replica-check-every", 1, ranks=2)
+        assert done.returncode == 0, done.stderr
+        assert summary(tmp_path / "run")["steps"] == steps and summary(tmp_path / "run")["wire"] == wire
+
+
 @pytest.mark.parametrize("sync", ["shared", "native"])
 def test_a_narrow_wire_without_the_ring_is_refused(flowers, hpcmlp, tmp_path, sync):
     done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", "--wire", "int8", "--sync", sync, ranks=2)
