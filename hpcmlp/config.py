@@ -33,6 +33,7 @@ SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
 INITIALIZERS = ("auto", "he", "he_normal", "he_uniform", "glorot", "glorot_normal", "glorot_uniform", "lecun",
                 "lecun_normal", "lecun_uniform", "torch")
 SYNCS = ("auto", "shared", "ring", "native")
+WIRES = ("float32", "bf16", "float16", "int8")
 DEVICES = ("cpu", "gpu")
 SPLITS = ("train", "val", "test")
 
@@ -148,6 +149,9 @@ class TrainConfig:
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
                        "nodes), ring, or native (the MPI library's own); auto: shared where ranks share a node")
+    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in; what is rounded away "
+                       "is added to the next step's gradient; all but float32 need --sync ring or auto, which then "
+                       "is the ring")
     full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
                                "form, for comparison)")
     bucket_mb: float = option(32.0, above=0.0, help="size of a bucket of gradients, MiB")
@@ -217,6 +221,7 @@ class BenchConfig:
     global_batch_size: int = option(128, low=1, help="samples of one step over all ranks")
     steps: int = option(200, low=5, help="timed steps")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined")
+    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in (bench step)")
     optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     json: bool = option(False, help="print one JSON object and nothing else")

@@ -44,13 +44,39 @@ class Exchange:
     note: str = ""
 
 
-def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False) -> Exchange:
+def make_ring(comm: Any, wire: str = "float32", **options: Any) -> Ring:
+    """Return the ring that sends gradients as `wire`, one of `comm.wire.WIRES`.
+
+    Collective over `comm`. `options` are those of `Ring` and, for narrow wires, of `WireRing`.
+    """
+    if wire == "float32":
+        return Ring(comm, **options)
+    from hpcmlp.comm.ring_wire import WireRing  # few runs want it
+    return WireRing(comm, wire, **options)
+
+
+def check_wire(sync: str, wire: str) -> None:
+    """Raise ConfigError when gradients cannot be narrowed to `wire` with `sync`. Local.
+
+    Only our ring does the additions itself: MPI's operations and sums over node memory take float32.
+    """
+    if wire != "float32" and sync not in ("auto", "ring"):
+        raise ConfigError(f"--wire {wire} has no effect with --sync {sync}: only the ring sends narrow numbers; give "
+                          "--sync ring, leave --sync out, or use --wire float32.")
+
+
+def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False,
+                  wire: str = "float32") -> Exchange:
     """Return collectives and zeroed flat vectors of `size` elements.
 
     Collective over `topology.comm`. `name` may be "auto": node memory where several ranks share a node, else the ring.
-    Where node memory is not to be had the ring is taken, and `note` says why.
+    Where node memory is not to be had the ring is taken, and `note` says why. A `wire` other than "float32" makes
+    "auto" the ring; raises ConfigError where it cannot take effect.
     """
+    check_wire(name, wire)
     note = ""
+    if wire != "float32":
+        name = "ring"
     if name == "shared" or (name == "auto" and topology.size > topology.num_nodes):
         try:
             shared = Shared(topology)
@@ -58,7 +84,7 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
         except SharedUnavailable as why:
             note = f"sync ring instead of shared: {why}"
     name = "ring" if name in ("auto", "shared") else name
-    collective = make_collective(name, topology)
+    collective = make_ring(topology.comm, wire) if name == "ring" else make_collective(name, topology)
     return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), note)
 
 

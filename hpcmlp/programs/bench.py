@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm import COLLECTIVES, messages, open_exchange
+from hpcmlp.comm import COLLECTIVES, check_wire, messages, open_exchange
+from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import BenchConfig
 from hpcmlp.errors import ConfigError
@@ -29,6 +30,11 @@ COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 
 def main(config: BenchConfig, comm: Any) -> int:
     """Time what `config` names. Collective over `comm`; returns 0."""
+    with agreed(comm):
+        if config.what == "step":
+            check_wire(config.sync, config.wire)
+        elif config.wire != "float32":
+            raise ConfigError(f"--wire has no effect with bench {config.what}; it belongs to bench step.")
     topology = Topology(comm)
     result = {"step": time_step, "comm": time_comm, "gemm": time_gemm}[config.what](config, topology)
     if comm.rank == 0:
@@ -65,7 +71,7 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     ops = open_ops(config.device, topology.local_rank)
     spec = NetworkSpec(tuple(config.sizes))
     layout = spec.layout()
-    exchange = open_exchange(config.sync, topology, layout.size, np.float32)
+    exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire)
     on_host = config.device == "cpu"
     network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
                       exchange.grads if on_host else None)
@@ -93,7 +99,8 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
         step_ms.append(_median(topology, whole_step, max(1, config.steps // 5)))
         floor_ms.append(_median(topology, gemms, max(1, config.steps // 5)))
     return {"what": "step", "sizes": list(spec.sizes), "global_batch_size": batch_rows, "ranks": size,
-            "sync": exchange.name, "step_ms": statistics.median(step_ms), "floor_ms": statistics.median(floor_ms),
+            "sync": exchange.name, "wire": config.wire,
+            "step_ms": statistics.median(step_ms), "floor_ms": statistics.median(floor_ms),
             "parts": {name: 1e3 * statistics.median(values) for name, values in parts.items()},
             "num_params": layout.num_params}
 

@@ -12,7 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 import hpcmlp
-from hpcmlp.comm import messages, open_exchange
+from hpcmlp.comm import check_wire, messages, open_exchange
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import TrainConfig, flag, to_toml
@@ -32,10 +32,11 @@ from hpcmlp.sync.buckets import cut
 from hpcmlp.sync.step import Step, StepResult
 from hpcmlp.sync.strategy import make_strategy
 
-# Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes.
+# Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
+# (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
-                  "keep", "log_every", "print_every", "progress", "test", "device", "sync", "full_update", "bucket_mb",
-                  "replica_check_every", "verify", "time_limit"}
+                  "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
+                  "bucket_mb", "replica_check_every", "verify", "time_limit"}
 DEFAULT_EPOCHS = 10
 SCHEDULE_OPTIONS = {"constant": (), "step": ("step_size", "gamma"), "exponential": ("gamma",), "cosine": ("min_lr",),
                     "one_cycle": ()}
@@ -71,6 +72,7 @@ def check_fits(config: TrainConfig, manifest: Manifest) -> None:
     """Raise ConfigError or DataError when the options cannot work with the data set. Local."""
     if config.epochs is not None and config.steps is not None:
         raise ConfigError("both --epochs and --steps are given; give one of them.")
+    check_wire(config.sync, config.wire)
     if manifest.rows("train") == 0:
         raise DataError(f"{config.data}: the data set has no training rows; prepare it with more rows or smaller "
                         "--val-fraction and --test-fraction.")
@@ -191,7 +193,8 @@ class Training:
         c, m, ops, topology = self.config, self.manifest, self.ops, self.topology
         rows = max(-(-self.loader.local_rows_max // c.accumulate), min(EVALUATION_ROWS, m.rows("val")))
         layout = self.spec.layout()
-        self.exchange = open_exchange(c.sync, topology, layout.size, np.float32, own_params=c.full_update)
+        self.exchange = open_exchange(c.sync, topology, layout.size, np.float32, own_params=c.full_update,
+                                      wire=c.wire)
         on_host = c.device == "cpu"
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host else None,
                                self.exchange.grads if on_host else None)
@@ -283,7 +286,9 @@ class Training:
         return [("hpcmlp", hpcmlp.__version__),
                 ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}; {cores} cores and {threads} BLAS "
                           f"thread(s) for rank 0"),
-                ("MPI", f"{width}, sync {self.exchange.name}{', whole update' if c.full_update else ''}"),
+                ("MPI", f"{width}, sync {self.exchange.name}"
+                        f"{f', gradients in {c.wire} on the wire' if c.wire != 'float32' else ''}"
+                        f"{', whole update' if c.full_update else ''}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
                                        if c.device == "cpu" else "")),
                 ("data", f"{m.name}: {rows} rows of {m.num_features} features, {m.task}, {self.loader.mode}"),
@@ -462,7 +467,7 @@ class Training:
         self.directory.write("summary.json", to_json(
             {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
              "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": self.exchange.name,
-             "device": c.device,
+             "wire": c.wire, "device": c.device,
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
              "parameters_sha256": layout.sha256(flat),

@@ -65,6 +65,34 @@ def test_the_console_says_what_runs_where(runs):
     assert "\r" not in text
 
 
+@pytest.mark.parametrize("wire", ["bf16", "float16", "int8"])
+def test_narrow_wires_train_like_float32(runs, flowers, hpcmlp, tmp_path, wire):
+    done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", *SMALL, "--wire", wire, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert f"sync ring, gradients in {wire} on the wire" in done.stdout
+    got, expected = summary(tmp_path / "run"), summary(runs / "2")
+    assert got["wire"] == wire and got["sync"] == "ring" and expected["wire"] == "float32"
+    assert abs(got["test"]["accuracy"] - expected["test"]["accuracy"]) <= 0.02
+    losses = [np.array([r["train_loss"] for r in records(run, "epoch")]) for run in (tmp_path / "run", runs / "2")]
+    np.testing.assert_allclose(*losses, rtol=0.02)
+
+
+def test_a_resumed_run_may_change_its_wire(flowers, hpcmlp, tmp_path):
+    for steps, wire in ((10, "float32"), (20, "int8"), (30, "bf16")):
+        done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", "--steps", steps, "--resume", "--wire",
+                      wire, "--replica-check-every", 1, ranks=2)
+        assert done.returncode == 0, done.stderr
+        assert summary(tmp_path / "run")["steps"] == steps and summary(tmp_path / "run")["wire"] == wire
+
+
+@pytest.mark.parametrize("sync", ["shared", "native"])
+def test_a_narrow_wire_without_the_ring_is_refused(flowers, hpcmlp, tmp_path, sync):
+    done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", "--wire", "int8", "--sync", sync, ranks=2)
+    assert done.returncode == 78 and len(done.stderr.splitlines()) == 1
+    assert f"--wire int8 has no effect with --sync {sync}" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_printed_losses_have_the_form_of_the_article(flowers, hpcmlp, tmp_path):
     done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", "--steps", 20, "--print-every", 10)
     assert done.returncode == 0, done.stderr

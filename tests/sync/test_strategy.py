@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hpcmlp.comm import make_collective
+from hpcmlp.comm import make_collective, make_ring
 from hpcmlp.comm.topology import Topology
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
@@ -107,6 +107,27 @@ def test_sliced_and_whole_updates_give_the_same_bits(comm, optimizer):
         results.append((step.network.params.copy(), average))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("wire", ["bf16", "float16", "int8"])
+def test_narrow_wires_keep_replicas_equal_and_train_like_float32(comm, wire, whole):
+    ring = make_ring(comm, wire)
+    step = make_step(ring, comm.size, whole=whole)
+    got = []
+    for k in range(60):
+        result = step.run(Rows(*own_slice(comm), k % 5, weighted=True), k, 0.01, check=True)
+        assert result.replicas_agree and not result.skipped and result.rows == ROWS
+        got.append(result.loss)
+    alone = make_step(Alone(), 1)
+    losses = [alone.run(Rows(0, ROWS, k % 5, weighted=True), k, 0.01).loss for k in range(60)]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    np.testing.assert_allclose(got, losses, rtol=0.05)
+    everyone = np.empty((comm.size, step.network.params.size), np.float32)
+    comm.Allgather(step.network.params, everyone)
+    assert (everyone.view(np.uint32) == everyone.view(np.uint32)[0]).all()
+    ring.free()
 
 
 @pytest.mark.mpi
