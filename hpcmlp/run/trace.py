@@ -2,19 +2,18 @@
 
 `Recorder` shadows methods of the objects that take the step (the loader, the network, the strategy, the collective) by
 timed ones and takes the shadows away after the last traced step: a run without a trace, and the rest of a run with one,
-execute the plain methods. A call is three integers (name, begin, end) in arrays made beforehand. Layers are told by
-the network's own callbacks, so the mathematics knows no clock. With a GPU the times are those of the host's calls.
+execute the plain methods. Layers are told by the network's own callbacks, so the mathematics knows no clock. With a GPU
+the times are those of the host's calls.
 
 The clocks of the ranks are compared before and after the traced steps: rank 0 asks every rank for its time, keeps the
 exchange with the shortest round trip, and takes the answer to stand in its middle, wrong by half the round trip at
 most (F. Cristian, "Probabilistic clock synchronization", Distributed Computing 3 (1989)); between the two comparisons
-the offset moves linearly. Cost: ROUNDS round trips per rank, one after the other, and about 0.5 us per event.
+the offset moves linearly. Cost: ROUNDS round trips per rank, one after the other, and 0.5 to 1 us per event.
 """
 
 import json
 import os
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,41 +26,26 @@ DEFAULT_STEPS = 200
 WARMUP_STEPS = 5    # the first steps make buffers, plans and prepared messages
 ROUNDS = 30         # exchanges per rank and comparison of clocks
 CLOCK_TAG = 11
-SPARE_EVENTS = 4096  # beyond what the steps are expected to make: validations, saves, norms
-EXTRA_STEPS = 2     # room for what happens in the first and last step only
 
 
 class Events:
-    """Begin and end of named calls on one rank, in nanoseconds of its clock, at most `capacity` of them.
+    """Begin and end of named calls on one rank, in nanoseconds of its clock.
 
-    Local. What does not fit is counted in `dropped`. A name below zero stands for step -1 - name.
+    Local. `put((code, begin, end))` records one event, in the order of their ends; a code below zero stands for step
+    -1 - code. One flat list of integers: nothing for the garbage collector to visit, and bounded because the steps are.
     """
 
-    def __init__(self, capacity: int, clock: Callable[[], int] = time.perf_counter_ns):
-        self.clock, self.capacity = clock, capacity
+    def __init__(self, clock: Callable[[], int] = time.perf_counter_ns):
+        self.clock = clock
         self.names: list[str] = []
-        self.count = 0
-        self._codes, self._begins, self._ends = (array("q", bytes(8 * capacity)) for _ in range(3))
+        self._flat: list[int] = []
+        self.put = self._flat.extend
 
     def code(self, name: str) -> int:
         """Return the number of `name`. Local."""
         if name not in self.names:
             self.names.append(name)
         return self.names.index(name)
-
-    def put(self, code: int, begin: int, end: int) -> None:
-        """Record one event. Local. Events are put in the order of their ends."""
-        at = self.count
-        if at < self.capacity:
-            self._codes[at] = code
-            self._begins[at] = begin
-            self._ends[at] = end
-        self.count = at + 1
-
-    @property
-    def dropped(self) -> int:
-        """The number of events that found no room. Local."""
-        return max(0, self.count - self.capacity)
 
     def timed(self, name: str, function: Callable) -> Callable:
         """Return `function` so that each call is an event `name`. Local."""
@@ -70,16 +54,14 @@ class Events:
         def call(*args: Any, **kwargs: Any) -> Any:
             begin = clock()
             result = function(*args, **kwargs)
-            put(code, begin, clock())
+            put((code, begin, clock()))
             return result
         return call
 
     def to_bytes(self) -> bytes:
         """Return the names and events of this rank, for `from_bytes`. Local."""
-        kept = min(self.count, self.capacity)
-        head = {"names": self.names, "host": os.uname().nodename, "dropped": self.dropped}
-        return b"".join([json.dumps(head).encode(), b"\n",
-                         *(column[:kept].tobytes() for column in (self._codes, self._begins, self._ends))])
+        head = {"names": self.names, "host": os.uname().nodename}
+        return json.dumps(head).encode() + b"\n" + np.array(self._flat, np.int64).tobytes()
 
 
 @dataclass
@@ -88,7 +70,6 @@ class RankEvents:
 
     names: list[str]
     host: str
-    dropped: int
     codes: np.ndarray
     begins: np.ndarray
     ends: np.ndarray
@@ -97,7 +78,7 @@ class RankEvents:
 def from_bytes(data: bytes) -> RankEvents:
     """Return what `Events.to_bytes` packed. Local."""
     head, _, body = data.partition(b"\n")
-    codes, begins, ends = np.frombuffer(body, np.int64).reshape(3, -1)
+    codes, begins, ends = np.frombuffer(body, np.int64).reshape(-1, 3).T
     return RankEvents(**json.loads(head), codes=codes, begins=begins, ends=ends)
 
 
@@ -123,7 +104,8 @@ def compare_all_clocks(comm: Any, clock: Callable[[], int] = time.perf_counter_n
     """Return (size, 3) int64 of `compare_clocks` for every rank on rank 0, zeros elsewhere. Collective over `comm`."""
     found = np.zeros((comm.size, 3), np.int64)
     now, nothing = np.zeros(1, np.int64), np.zeros(0, np.int64)
-    found[0, 0] = clock()
+    if comm.rank == 0:
+        found[0, 0] = clock()
     for rank in range(1, comm.size):
         if comm.rank == 0:
             def ask(rank: int = rank) -> int:
@@ -164,7 +146,7 @@ def timeline(ranks: list[RankEvents], before: np.ndarray, after: np.ndarray) -> 
              "clock_uncertainty_us": uncertainty,
              "clock_offset_us": [int(b[1]) / 1e3 for b in before],
              "clock_drift_us": [int(a[1] - b[1]) / 1e3 for b, a in zip(before, after, strict=True)],
-             "dropped_events": [r.dropped for r in ranks], "ranks": len(ranks)}
+             "ranks": len(ranks)}
     yield '{"displayTimeUnit": "ms", "otherData": ' + json.dumps(other) + ', "traceEvents": ['
     lines = []
     for pid, r in enumerate(ranks):
@@ -237,13 +219,13 @@ class Recorder:
             self.start()
         now = self.events.clock()
         if self._number >= 0:
-            self.events.put(-1 - self._number, self._begin, now)
+            self.events.put((-1 - self._number, self._begin, now))
         self._number, self._begin = number, now
         return False
 
     def start(self) -> None:
         """Compare the clocks and begin to record. Collective."""
-        self.events = Events(self._expected_events() + SPARE_EVENTS)
+        self.events = Events()
         self._before = compare_all_clocks(self.comm)
         self._watch()
 
@@ -252,19 +234,13 @@ class Recorder:
         if self.events is None:
             self.start()
         if self._number >= 0:
-            self.events.put(-1 - self._number, self._begin, self.events.clock())
+            self.events.put((-1 - self._number, self._begin, self.events.clock()))
         self._unwatch()
         after = compare_all_clocks(self.comm)
         gathered = messages.gather_bytes(self.comm, self.events.to_bytes())
         if gathered is None:
             return None
         return timeline([from_bytes(data) for data in gathered], self._before, after)
-
-    def _expected_events(self) -> int:
-        layers, micro = self.step.network.spec.num_layers, self.step.micro_batches
-        # Per bucket: reduce, gather and up to four waits; once: step, input, check, norm, reduce, update, share.
-        each = micro * (2 * layers + 4) + 6 * len(self.step.strategy.buckets) + 12
-        return (self.stop_step - self.first_step + EXTRA_STEPS) * each
 
     def _shadow(self, owner: Any, name: str, value: Any) -> None:
         own = name in vars(owner)
@@ -306,7 +282,7 @@ class Recorder:
         def call(array: Any, bounds: Any, *rest: Any) -> None:
             begin = clock()
             function(array, bounds, *rest)
-            put(codes.get(id(bounds), other), begin, clock())
+            put((codes.get(id(bounds), other), begin, clock()))
         return call
 
     def _timed_forward(self, function: Callable, num_layers: int) -> Callable:
@@ -318,7 +294,7 @@ class Recorder:
         def on_layer(layer: int) -> None:
             nonlocal last
             now = clock()
-            put(codes[layer], last, now)
+            put((codes[layer], last, now))
             last = now
 
         def call(x: Any, training: bool = False, **kwargs: Any) -> Any:
@@ -338,7 +314,7 @@ class Recorder:
         def layer_closed(start: int, stop: int) -> None:
             nonlocal last, place
             now = clock()
-            put(codes[place], last, now)
+            put((codes[place], last, now))
             place += 1
             if passed_on is not None:
                 passed_on(start, stop)

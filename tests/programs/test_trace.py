@@ -35,7 +35,7 @@ def test_a_timeline_of_two_ranks(flowers, hpcmlp, tmp_path, plain, extra):
     done = hpcmlp("train", "--data", flowers, "--out", run, *OPTIONS, *extra, "--trace", "--trace-steps", 20, ranks=2)
     assert done.returncode == 0, done.stderr
     other, spans = spans_of(run)
-    assert other["ranks"] == 2 and len(other["clock_uncertainty_us"]) == 2 and other["dropped_events"] == [0, 0]
+    assert other["ranks"] == 2 and len(other["clock_uncertainty_us"]) == 2
     for pid in (0, 1):
         own = [e for e in spans if e["pid"] == pid]
         names = {e["name"] for e in own}
