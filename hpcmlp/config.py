@@ -162,6 +162,10 @@ class TrainConfig:
     verify: bool = option(True, help="verify the shards' checksums when they are opened")
     time_limit: float | None = option(None, kind=float, above=0.0, help="stop, save and exit 75 before so many minutes "
                                       "have passed", metavar="MINUTES")
+    trace: bool = option(False, help="write RUN/trace.json: one timeline of all ranks (layers, buckets, waits, update) "
+                         "for a browser's trace viewer")
+    trace_steps: int | None = option(None, kind=int, low=1, high=10_000, help="steps of the timeline, after a short "
+                                     "warm-up (default: 200)", metavar="STEPS")
     seed: int = option(0, low=0, high=2**63 - 1, help="seed of parameters, order of samples and dropout")
 
 

@@ -40,6 +40,8 @@ class Shared:
     or the shared-memory file system is too small for a first window.
     """
 
+    WAITS = ("_meet",)  # methods that only wait for other ranks, for whoever measures them
+
     def __init__(self, topology: Topology):
         self.topology = topology
         self.comm, self.node = topology.comm, topology.node.Dup()

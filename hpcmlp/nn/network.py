@@ -165,7 +165,8 @@ class Network:
         _remember(self._forward_plans, (rows, dropped), plan)
         return plan
 
-    def forward(self, x: Any, training: bool = False, seed: int = 0, step: int = 0, first: int = 0) -> Any:
+    def forward(self, x: Any, training: bool = False, seed: int = 0, step: int = 0, first: int = 0,
+                on_layer: Callable[[int], None] | None = None) -> Any:
         """Return the logits of `x`.
 
         Local. Dropout acts only when `training`; its mask comes from (seed, step, layer, first + row) alone, so it does
@@ -175,6 +176,7 @@ class Network:
         ----------
         x : (n, sizes[0]) of the network's dtype, n <= max_rows, n = 0 included; must stay until `backward` returns.
         first : place of x[0] in the global batch.
+        on_layer : called as on_layer(layer) when the output of `layer` stands.
 
         Returns
         -------
@@ -204,6 +206,8 @@ class Network:
             if residual:
                 ops.add(f, x, out)
             x = out
+            if on_layer is not None:
+                on_layer(layer)
         return x
 
     def _grad_views(self, layer: int, into: Any) -> dict[str, Any]:

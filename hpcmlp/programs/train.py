@@ -36,7 +36,7 @@ from hpcmlp.sync.strategy import make_strategy
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "bucket_mb", "replica_check_every", "verify", "time_limit"}
+                  "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps"}
 DEFAULT_EPOCHS = 10
 SCHEDULE_OPTIONS = {"constant": (), "step": ("step_size", "gamma"), "exponential": ("gamma",), "cosine": ("min_lr",),
                     "one_cycle": ()}
@@ -73,6 +73,8 @@ def check_fits(config: TrainConfig, manifest: Manifest) -> None:
     if config.epochs is not None and config.steps is not None:
         raise ConfigError("both --epochs and --steps are given; give one of them.")
     check_wire(config.sync, config.wire)
+    if config.trace_steps is not None and not config.trace:
+        raise ConfigError("--trace-steps has no effect without --trace; give both.")
     if manifest.rows("train") == 0:
         raise DataError(f"{config.data}: the data set has no training rows; prepare it with more rows or smaller "
                         "--val-fraction and --test-fraction.")
@@ -159,6 +161,7 @@ class Training:
         self._epoch_rows = self._epoch_s = 0.0
         self._save_s = 0.0
         self._judge: Network | None = None  # evaluates parameters that are not the live ones
+        self.trace: Any = None
 
     def _require_memory(self, moments: int) -> None:
         """Raise Unavailable when the network's vectors and activations cannot fit beside those of this node's ranks."""
@@ -304,7 +307,11 @@ class Training:
         if "HPCMLP_FAULT" in os.environ:
             from hpcmlp.run.faults import planned_fault  # tests only
             fault = planned_fault(self.topology.rank)
+        if c.trace:
+            self._open_trace()
         for number in range(progress.step, self.total_steps):
+            if self.trace is not None and self.trace.begin_step(number):
+                self._write_trace()
             begin = time.perf_counter()
             epoch, t = divmod(number, self.steps_per_epoch)
             batch = self.loader.batch(epoch, t)
@@ -330,11 +337,34 @@ class Training:
             if last or result.stop or (number + 1) % every == 0:
                 self._save()
             if result.stop and not last:
+                self._write_trace()
                 reason = flag.reason or "a signal on another rank"
                 raise _alike(StoppedAndSaved(f"stopped by {reason} after step {number + 1} of {self.total_steps}; all "
                                              f"is saved in {c.out}: run the same command with --resume to go on."))
             if ended:
                 break
+        self._write_trace()
+
+    def _open_trace(self) -> None:
+        """Plan to record steps of this run: after a warm-up, but half of a very short run."""
+        from hpcmlp.run import trace  # only who asks for it pays for the import
+        start = self.session.progress.step
+        first = start + min(trace.WARMUP_STEPS, (self.total_steps - start) // 2)
+        stop = min(first + (self.config.trace_steps or trace.DEFAULT_STEPS), self.total_steps)
+        self.trace = trace.Recorder(self.comm, self.step, self.loader, first, stop,
+                                    [(self, "_validate", "validation"), (self, "_save", "save")])
+
+    def _write_trace(self) -> None:
+        """Write what was recorded, if that is still to be done; a failure to write ends all ranks alike. Collective."""
+        if self.trace is None:
+            return
+        lines, name = self.trace.lines(), "trace.json"
+        self.trace = None
+        with agreed(self.comm):
+            if self.directory is not None:
+                self.directory.write(name, "\n".join(lines) + "\n")
+        self.console.line(f"timeline of all ranks: {os.path.join(self.config.out, name)} (ui.perfetto.dev, "
+                          "chrome://tracing)")
 
     def _account(self, result: StepResult, number: int, epoch: int, input_s: float, step_s: float, log: bool) -> None:
         """Count a finished step, and log it where it is due."""
