@@ -102,9 +102,9 @@ class Shared:
         """
         window = self._find(array)
         if window is None:
-            self._on_ring(array).reduce_scatter(array, self._in_rank_order(bounds), words)
+            self._on_ring().reduce_scatter(array, self._in_rank_order(bounds), words)
             return
-        sources, own, share, inner = self._plan(window, array, bounds)
+        sources, _, share, inner = self._plan(window, array, bounds)
         if words is not None:
             self._words[self.local_rank][:words.size] = words
         self._meet(window)
@@ -123,7 +123,7 @@ class Shared:
         """Copy every rank's part to all ranks, in place. Collective over the ranks."""
         window = self._find(array)
         if window is None:
-            self._on_ring(array).all_gather(array, self._in_rank_order(bounds))
+            self._on_ring().all_gather(array, self._in_rank_order(bounds))
             return
         _, own, share, inner = self._plan(window, array, bounds)
         if self._cross.size > 1:
@@ -157,7 +157,7 @@ class Shared:
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Copy `array` of rank `root` to all ranks, in place. Collective over the ranks."""
-        self._on_ring(array).broadcast(array, root)
+        self._on_ring().broadcast(array, root)
 
     def free(self) -> None:
         """Give everything back; arrays made here must not be used any more. Collective over the ranks."""
@@ -185,7 +185,7 @@ class Shared:
                 return window
         return None
 
-    def _on_ring(self, array: np.ndarray) -> Ring:
+    def _on_ring(self) -> Ring:
         if self._ring is None:
             self._ring = Ring(self.comm)
         return self._ring

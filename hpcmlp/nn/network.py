@@ -46,6 +46,13 @@ class NetworkSpec:
                 tensors += [(f"norms.{layer}.weight", (d_out,)), (f"norms.{layer}.bias", (d_out,))]
         return Layout(tensors)
 
+    def layer_starts(self) -> list[int]:
+        """Return where each layer's tensors begin in the flat vector, ascending. Local.
+
+        The gradient from such a place to the end is final once backward has left that layer.
+        """
+        return [t.start for t in self.layout().tensors if t.name.startswith("layers.") and t.name.endswith(".weight")]
+
     def is_residual(self, layer: int) -> bool:
         """Tell whether hidden `layer` adds its input to its output. Local."""
         return self.residual and 0 < layer < self.num_layers - 1 and self.sizes[layer] == self.sizes[layer + 1]
@@ -97,7 +104,7 @@ class Network:
         self._backward_plans: dict[tuple[int, bool, bool], list[tuple]] = {}
         self._x: Any = None
         self._dropped = False  # dropout acted in the last forward: its masks are valid
-        self._bounds = self._layer_bounds()
+        self._bounds = [*spec.layer_starts(), self.layout.size]  # offsets of the layers, and the end
 
     @property
     def grads(self) -> Any:
@@ -105,11 +112,6 @@ class Network:
         if self._grads is None:
             self._grads = self.ops.zeros((self.layout.size,), self.dtype)
         return self._grads
-
-    def _layer_bounds(self) -> list[int]:
-        """Offsets of the layers in the flat vector, with the size at the end."""
-        weights = [t.start for t in self.layout.tensors if t.name.startswith("layers.") and t.name.endswith(".weight")]
-        return [*weights, self.layout.size]
 
     def _widest(self) -> Any:
         """A flat buffer for the widest hidden activation."""

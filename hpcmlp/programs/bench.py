@@ -4,7 +4,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from hpcmlp.comm import COLLECTIVES, check_wire, messages, open_exchange
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import BenchConfig
+from hpcmlp.data.samples import Batch
 from hpcmlp.errors import ConfigError
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
@@ -43,22 +43,6 @@ def main(config: BenchConfig, comm: Any) -> int:
     return 0
 
 
-@dataclass
-class _Batch:
-    """A local batch in the form of `data.loader.Batch`."""
-
-    source: np.ndarray
-    index: np.ndarray
-    targets: np.ndarray
-    weights: None
-    first: int
-    global_rows: int
-
-    @property
-    def rows(self) -> int:
-        return len(self.index)
-
-
 def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     """Return the median time of a whole step (gather, forward, backward, reduce, update, share) and of its GEMMs alone.
 
@@ -76,8 +60,7 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
                       exchange.grads if on_host else None)
     ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
-    closings = sorted((t.start for t in layout.tensors if t.name.endswith(".weight")), reverse=True)
-    strategy = SlicedUpdate(exchange.collective, cut(layout.size, closings, BUCKET_ELEMENTS, size), size,
+    strategy = SlicedUpdate(exchange.collective, cut(layout.size, spec.layer_starts(), BUCKET_ELEMENTS, size), size,
                             network.params, network.grads, ops)
     optimizer = make_optimizer(config.optimizer, ops, layout, strategy.ranges, np.float32)
     step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows)
@@ -105,14 +88,14 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
             "num_params": layout.num_params}
 
 
-def _batches(sizes: tuple[int, ...], rows: int, rank: int) -> list[_Batch]:
+def _batches(sizes: tuple[int, ...], rows: int, rank: int) -> list[Batch]:
     random = np.random.default_rng(rank)
     source = random.standard_normal((ROWS, sizes[0]), dtype=np.float32)
     labels = random.integers(0, sizes[-1], ROWS).astype(np.int32)
     batches = []
     for _ in range(16):
         index = random.integers(0, ROWS, rows)
-        batches.append(_Batch(source, index, labels[index], None, 0, rows))
+        batches.append(Batch(rows, 0, rows, source, index, labels[index], None))
     return batches
 
 

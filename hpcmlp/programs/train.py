@@ -23,6 +23,7 @@ from hpcmlp.errors import ConfigError, DataError, RunFailed, StoppedAndSaved, Un
 from hpcmlp.nn.losses import Loss, balanced_class_weights, default_loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
+from hpcmlp.nn.schedules import DEFAULTS as SCHEDULES
 from hpcmlp.nn.schedules import Schedule
 from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, open_dataset, replica_error, versions
@@ -38,8 +39,6 @@ FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", 
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
                   "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps"}
 DEFAULT_EPOCHS = 10
-SCHEDULE_OPTIONS = {"constant": (), "step": ("step_size", "gamma"), "exponential": ("gamma",), "cosine": ("min_lr",),
-                    "one_cycle": ()}
 EVALUATION_ROWS = 1024
 LAST_STEPS = 10_000  # whose times give the median step of the summary
 MOST_SKIPS = 10  # consecutive updates skipped for numbers that are not finite
@@ -186,7 +185,7 @@ class Training:
 
     def _schedule(self) -> Schedule:
         c = self.config
-        options = chosen(c, f"--schedule {c.schedule}", SCHEDULE_OPTIONS[c.schedule], SCHEDULE_OPTIONS)
+        options = chosen(c, f"--schedule {c.schedule}", SCHEDULES[c.schedule], SCHEDULES)
         if c.schedule == "exponential":
             options["interval"] = self.steps_per_epoch
         return Schedule(c.schedule, c.lr, self.total_steps, c.warmup_steps, **options)
@@ -202,9 +201,7 @@ class Training:
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host else None,
                                self.exchange.grads if on_host else None)
         ops.from_host(self._initial_parameters(), self.network.params)
-        closings = sorted((t.start for t in layout.tensors if t.name.startswith("layers.") and
-                           t.name.endswith(".weight")), reverse=True)
-        buckets = cut(layout.size, closings, int(c.bucket_mb * 2**20) // 4, topology.size)
+        buckets = cut(layout.size, self.spec.layer_starts(), int(c.bucket_mb * 2**20) // 4, topology.size)
         self.strategy = make_strategy(c.full_update)(self.exchange.collective, buckets, topology.size,
                                                      self.network.params, self.network.grads, ops)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
@@ -483,8 +480,7 @@ class Training:
         with agreed(self.comm):
             if self.directory is not None:
                 self._write_summary(flat, test)
-        if self.topology.rank == 0:
-            self.console.line(f"finished {progress.step} steps in {progress.seconds:.1f} s; run directory {c.out}")
+        self.console.line(f"finished {progress.step} steps in {progress.seconds:.1f} s; run directory {c.out}")
 
     def _write_summary(self, flat: np.ndarray, test: dict[str, Any]) -> None:
         from hpcmlp.run.directory import to_json

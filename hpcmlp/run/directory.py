@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import time
 from typing import Any
 
@@ -80,6 +79,7 @@ class RunDirectory:
 
     def _take_over(self) -> None:
         """Remove a stale lock, or raise CannotWrite saying who is here."""
+        age = 0.0
         try:
             age = time.time() - self._lock.stat().st_mtime
             owner = json.loads(self._lock.read_bytes()[:4096])
@@ -88,7 +88,6 @@ class RunDirectory:
             return
         except (OSError, ValueError, KeyError, TypeError):
             host, pid, job = "?", -1, None
-            age = age if "age" in locals() else 0.0
         here = host == os.uname().nodename
         stale = (here and not _alive(pid)) or age > _STALE_S or \
             (job is not None and job == os.environ.get("SLURM_JOB_ID") and not (here and _alive(pid)))
@@ -143,7 +142,7 @@ class RunDirectory:
 def _alive(pid: int) -> bool:
     """Return whether a process `pid` exists on this host."""
     try:
-        os.kill(pid, 0 * signal.SIGTERM)
+        os.kill(pid, 0)
     except (ProcessLookupError, OverflowError, ValueError):
         return False
     except PermissionError:

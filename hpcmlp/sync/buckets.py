@@ -37,19 +37,19 @@ def part_bounds(length: int, size: int) -> np.ndarray:
     return np.minimum(bounds, length)
 
 
-def cut(size_total: int, closings: list[int], bucket_elements: int, size: int) -> list[Bucket]:
+def cut(size_total: int, starts: list[int], bucket_elements: int, size: int) -> list[Bucket]:
     """Cut a flat vector of `size_total` elements into buckets in the order in which backward closes them.
 
     Local.
 
     Parameters
     ----------
-    closings : offsets at which the gradient from there to the end is final, descending to 0 (starts of layers).
+    starts : where layers begin, ascending from 0: backward makes the gradient final from the last of them on.
     bucket_elements : a bucket is closed as soon as it holds this many elements.
     size : ranks.
     """
     buckets, stop = [], size_total
-    for start in closings:
+    for start in reversed(starts):
         if stop - start >= bucket_elements or start == 0:
             if stop > start:
                 buckets.append(Bucket(start, stop, part_bounds(stop - start, size)))

@@ -34,7 +34,6 @@ class Step:
     network, loss, optimizer, strategy, ops : the parts; `strategy` holds the flat vectors of `network`.
     rows : largest local batch, in samples.
     micro_batches : pieces that a local batch is cut into.
-    targets : (shape of one sample's target, dtype): how targets are laid out for the loss.
     shift, scale : (d,) arrays for `ops.gather`, or None.
     clip_norm : largest global gradient norm, or None.
     seed : seed of dropout.
@@ -46,7 +45,6 @@ class Step:
                  seed: int = 0, average: Any = None):
         self.network, self.loss, self.optimizer, self.strategy, self.ops = network, loss, optimizer, strategy, ops
         self.shift, self.scale, self.clip_norm, self.seed, self.average = shift, scale, clip_norm, seed, average
-        self.micro_batches = micro_batches
         sizes, dtype = network.spec.sizes, strategy.params.dtype
         self.micro_rows = max(1, -(-rows // micro_batches))
         self._x = ops.empty((self.micro_rows, sizes[0]), dtype)

@@ -19,8 +19,8 @@ def test_parts_cover_a_bucket_in_order_with_aligned_starts(length, size):
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("bucket_elements", [1, 100, 640, 10**9])
 def test_slices_of_all_ranks_cover_every_element_once(size, bucket_elements):
-    total, closings = 1600, [1280, 640, 320, 0]
-    buckets = cut(total, closings, bucket_elements, size)
+    total, starts = 1600, [0, 320, 640, 1280]
+    buckets = cut(total, starts, bucket_elements, size)
     counts = np.zeros(total, int)
     for rank in range(size):
         for start, stop in owned_ranges(buckets, rank):
@@ -30,6 +30,6 @@ def test_slices_of_all_ranks_cover_every_element_once(size, bucket_elements):
 
 
 def test_buckets_follow_backward_and_end_at_layers():
-    buckets = cut(1600, [1280, 640, 320, 0], 400, 2)
+    buckets = cut(1600, [0, 320, 640, 1280], 400, 2)
     assert [(b.start, b.stop) for b in buckets] == [(640, 1600), (0, 640)]
-    assert [(b.start, b.stop) for b in cut(1600, [1280, 640, 320, 0], 10**9, 2)] == [(0, 1600)]
+    assert [(b.start, b.stop) for b in cut(1600, [0, 320, 640, 1280], 10**9, 2)] == [(0, 1600)]
