@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -97,6 +98,10 @@ def pytest_configure(config):
         return
     harness = Harness()
     config.pluginmanager.register(harness, "harness")
+    # Ranks that end together would remove the same old directories of pytest's and fail over each other.
+    own = Path(tempfile.gettempdir()) / f"hpcmlp-tests-of-{os.getuid()}" / f"rank-{harness.comm.rank}"
+    own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = str(own)
     if harness.comm.rank > 0:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
         reporter._tw._file = open(os.devnull, "w", encoding="utf-8")     # rank 0 speaks for all
