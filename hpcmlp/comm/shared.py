@@ -16,18 +16,20 @@ all-reduce; nothing is sent. The ranks meet once in a reduce-scatter, once in an
 an all-gather of an ordinary one and in an all-reduce, once in an all-reduce through the stage.
 
 A meeting orders memory: what a rank wrote before it is seen by all after it. With the C kernels it is a few loads and
-stores of counters in shared memory (`meet` in ops/_fused.c), else Win.Sync and MPI's barrier (MPI-4.1 section 12.5.4,
+stores of counters in shared memory (`meet` in ops/_fused_node.h), else Win.Sync and MPI's barrier (MPI-4.1 section 12.5.4,
 separate accesses by load and store). After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel
 programming", Computing 95 (2013).
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from hpcmlp.comm.ring import Bounds, Ring
+from hpcmlp.comm.topology import Topology
 from hpcmlp.ops.host import kernels
 
 BLOCK_BYTES = 1 << 17   # of one source while NumPy sums: the sources of a block stay in the cache
@@ -45,26 +47,28 @@ class SharedUnavailable(Exception):
 class Shared:
     """Collectives of all ranks, through memory inside a node.
 
-    Collective over `topology.comm`. `fused` False leaves the C kernels out (None: takes them where all ranks of the
-    node have them). Raises SharedUnavailable, on all ranks, when nodes hold different numbers of ranks or the
-    shared-memory file system is too small for a first window.
+    Collective over `topology.comm`. Raises SharedUnavailable, on all ranks, when nodes hold different numbers of ranks
+    or the shared-memory file system is too small for a first window. `make_cross` makes the ring between nodes from the
+    communicator of the ranks with one local rank; a `ring_wire.WireRing` makes only what crosses the network narrow.
+    The C kernels are taken where all ranks of the node have them, unless `fused` is False.
     """
 
     WAITS = ("_meet",)  # methods that only wait for other ranks, for whoever measures them
 
-    def __init__(self, topology: Any, fused: bool | None = None):
+    def __init__(self, topology: Topology, make_cross: Callable[[MPI.Intracomm], Ring] = Ring, fused: bool = True):
         self.topology = topology
         self.comm, self.node = topology.comm, topology.node.Dup()
         self.rank, self.size = topology.rank, topology.size
         self.local_rank, self.local_size = topology.local_rank, topology.local_size
         self.part = topology.local_rank * topology.num_nodes + topology.cross_rank
-        self._cross = Ring(topology.cross)
+        self._cross = make_cross(topology.cross)
+        self.narrow, self.threads = self._cross.narrow, self._cross.threads
         self._ring: Ring | None = None
         self._windows: list[_Window] = []
         self._plans: dict[tuple, _Plan] = {}
         self._views: dict[tuple, tuple] = {}
         self._check_even()
-        self._kernels = self._common_kernels() if fused in (None, True) else None
+        self._kernels = self._common_kernels() if fused else None
         self._crowded = self._cores() < self.local_size
         self._turn = self._half = 0
         self._table = self._window(4 * MARKS * self.local_size, common=True)
@@ -134,14 +138,35 @@ class Shared:
         if window is None:
             self._on_ring().reduce_scatter(array, self._in_rank_order(bounds), words)
             return
+        plan = self._reduce_on_node(window, array, bounds, words)
+        if self._cross.size > 1:
+            self._cross.reduce_scatter(plan.share, plan.inner, words)
+
+    def start_reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> Any:
+        """Sum over the ranks of the node, start to sum over the nodes, and return that, to `wait()` for.
+
+        Collective over the ranks: waits for the ranks of the node, not for other nodes. Waits come in the order of the
+        starts. What is said of `array` at `reduce_scatter` holds here.
+        """
+        window = self._find(array)
+        if window is None:
+            return self._on_ring().start_reduce_scatter(array, self._in_rank_order(bounds), words)
+        plan = self._reduce_on_node(window, array, bounds, words)
+        return self._cross.start_reduce_scatter(plan.share, plan.inner, words)
+
+    def _reduce_on_node(self, window: "_Window", array: np.ndarray, bounds: Bounds | None, words: np.ndarray | None,
+                        everywhere: bool = False) -> "_Plan":
+        """Sum this local rank's share of `array`, and `words`, over the node, and return the array's plan.
+
+        `everywhere`: into the memory of all ranks of the node, else into this one's.
+        """
         plan = self._plan(window, array, bounds)
         _, word_slots = self._fill(None, words)
         self._meet()
-        self._sum(plan.own, plan.shares)
+        self._sum(plan.shares if everywhere else plan.shares[:1], plan.shares)
         if words is not None:
             self._sum((words,), word_slots)
-        if self._cross.size > 1:
-            self._cross.reduce_scatter(plan.own[0], plan.inner, words)
+        return plan
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
         """Copy every rank's part to all ranks, in place. Collective over the ranks."""
@@ -151,7 +176,58 @@ class Shared:
             return
         plan = self._plan(window, array, bounds)
         if self._cross.size > 1:
-            self._cross.all_gather(plan.own[0], plan.inner)
+            self._cross.all_gather(plan.share, plan.inner)
+        self._spread(window, plan)
+
+    def start_all_gather(self, array: np.ndarray, bounds: Bounds) -> Any:
+        """Start an `all_gather` over the nodes and return it, to `wait()` for: then the node's ranks have it too.
+
+        Collective over the ranks; nothing here waits. Waits come in the order of the starts.
+        """
+        window = self._find(array)
+        if window is None:
+            return self._on_ring().start_all_gather(array, self._in_rank_order(bounds))
+        plan = self._plan(window, array, bounds)
+        return _Later(self._cross.start_all_gather(plan.share, plan.inner), lambda: self._spread(window, plan))
+
+    def start_gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> Any:
+        """Start a `gather_towards` and return it, as `start_all_gather`. Collective over the ranks."""
+        window = self._window_of(array)
+        plan = self._plan(window, array, bounds)
+        return _Later(self._cross.start_gather_towards(plan.share, plan.inner, master), lambda: self._spread(window, plan))
+
+    def advance(self) -> bool:
+        """Take what was started as far as it goes without waiting; return whether nothing is under way. Local."""
+        on_ring = self._ring is None or self._ring.advance()
+        return self._cross.advance() and on_ring
+
+    def gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> None:
+        """Move every part of `array` towards its owner's `master`, as `WireRing.gather_towards` does between the nodes.
+
+        Collective over the ranks. Only with a narrow ring between nodes, and for arrays made here.
+        """
+        window = self._window_of(array)
+        plan = self._plan(window, array, bounds)
+        self._cross.gather_towards(plan.share, plan.inner, master)
+        self._spread(window, plan)
+
+    def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
+        """Write into `out` what the reductions of `array` still owe it, as `WireRing.settle` does between the nodes.
+
+        Collective over the ranks. `array` and `out` are arrays made here.
+        """
+        plan = self._plan(self._window_of(array), array, bounds)
+        self._cross.settle(plan.share, plan.inner, self._plan(self._window_of(out), out, bounds).share)
+        self.all_gather(out, bounds)
+
+    def put_residual(self, array: np.ndarray, bounds: Bounds, owed: np.ndarray) -> None:
+        """Keep of `owed` what `WireRing.put_residual` keeps of this rank's share. Local."""
+        plan = self._plan(self._window_of(array), array, bounds)
+        start = int(bounds[self.local_rank * self._cross.size])
+        self._cross.put_residual(plan.share, plan.inner, owed[start:start + plan.share.size])
+
+    def _spread(self, window: "_Window", plan: "_Plan") -> None:
+        """Let the ranks of the node have each other's finished shares."""
         self._meet()
         if window.common:
             return
@@ -171,17 +247,12 @@ class Shared:
         if window is None:
             self._on_ring().all_reduce(array, words)
             return
-        plan = self._plan(window, array, None)
-        _, word_slots = self._fill(None, words)
         one_node = self._cross.size == 1
-        self._meet()
-        self._sum(plan.shares if one_node else plan.own, plan.shares)
-        if words is not None:
-            self._sum((words,), word_slots)
+        plan = self._reduce_on_node(window, array, None, words, everywhere=one_node)
         if not one_node:
-            self._cross.all_reduce(plan.own[0], words)
+            self._cross.all_reduce(plan.share, words)
             for share in plan.shares[1:]:
-                np.copyto(share, plan.own[0])
+                np.copyto(share, plan.share)
         self._meet()
 
     def _all_reduce_staged(self, array: np.ndarray, words: np.ndarray | None) -> None:
@@ -271,6 +342,12 @@ class Shared:
                 return window
         return None
 
+    def _window_of(self, array: np.ndarray) -> "_Window":
+        window = self._find(array)
+        if window is None:
+            raise SharedUnavailable("a narrow wire needs arrays in node memory: make them with `empty` or `common`")
+        return window
+
     def _on_ring(self) -> Ring:
         if self._ring is None:
             self._ring = Ring(self.comm)
@@ -301,8 +378,8 @@ class Shared:
 class _Plan:
     """The views of one array that this rank works on.
 
-    own : (share,), the run of parts of this local rank in its own memory.
-    shares : that run in the memory of all local ranks, this one first.
+    share : the run of parts of this local rank in its own memory; shares : in the memory of all local ranks, this one
+        first.
     others : pairs of the other local ranks' runs, in this rank's memory and in theirs.
     inner : bounds of the parts within the share.
     """
@@ -311,9 +388,9 @@ class _Plan:
         nodes, me, offset = shared._cross.size, shared.local_rank, address - window.start
         cuts = bounds[::nodes]
         run = slice(cuts[me], cuts[me + 1])
-        self.own = (array[run],)
+        self.share = array[run]
         self.inner = np.array(bounds[me * nodes:(me + 1) * nodes + 1], np.int64) - cuts[me]
-        self.shares, self.others = self.own, []
+        self.shares, self.others = (self.share,), []
         if window.common:
             return
         neighbours = [memory[offset:offset + array.nbytes].view(array.dtype) for memory in window.memories]
@@ -322,6 +399,26 @@ class _Plan:
                 self.shares += (neighbours[rank][run],)
                 theirs = slice(cuts[rank], cuts[rank + 1])
                 self.others.append((array[theirs], neighbours[rank][theirs]))
+
+
+class _Later:
+    """A collective between the nodes that is under way, and what its ranks do on the node when it has ended."""
+
+    def __init__(self, across: Any, then: Callable[[], None]):
+        self._across, self._then = across, then
+
+    @property
+    def began(self) -> int:
+        return self._across.began
+
+    @property
+    def ended(self) -> int:
+        return self._across.ended
+
+    def wait(self) -> None:
+        """Return when the result stands for all ranks of the node. Collective, in the order of the starts."""
+        self._across.wait()
+        self._then()
 
 
 class _Window:

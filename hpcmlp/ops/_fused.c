@@ -1,10 +1,11 @@
 /* The float32 operations of ops/host.py as single passes over their arrays, called with any buffers of the right type;
-   and for comm/shared.py the sum over arrays of several ranks, and the meeting of the ranks of a node.
+   what the ranks of a node do in their shared memory is in _fused_node.h.
 
    Each argument is checked (element type, shape, row stride, alignment), so that a wrong call raises and never writes
-   astray. The kernels are compiled once for the baseline and, on x86-64, once for AVX2 with FMA; the choice is made when
-   the module loads. While they run, denormal results are flushed to zero: moments that decay towards zero would
-   otherwise slow some processors a hundredfold. The GIL is released around long loops only. */
+   astray. The kernels are compiled once for the baseline and, on x86-64, once for AVX2 with FMA and F16C; the choice is
+   made when the module loads. While they run, but for those of messages, denormal results are flushed to zero: moments
+   that decay towards zero would otherwise slow some processors a hundredfold. The GIL is released around long loops
+   only. */
 
 #define PY_SSIZE_T_CLEAN
 #ifndef Py_LIMITED_API
@@ -15,19 +16,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#if !defined(__STDC_NO_ATOMICS__) && defined(__unix__)
-#define HAVE_MEET 1
-#include <errno.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <time.h>
-#include <unistd.h>
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAVE_AVX2 1
+#include <cpuid.h>
+#include <immintrin.h>
 #endif
-#ifdef __linux__
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#endif
-
 #if defined(__SSE__) || defined(__x86_64__)
 #include <xmmintrin.h>
 #define FLUSH_DENORMALS unsigned int control = _mm_getcsr(); _mm_setcsr(control | 0x8040);
@@ -51,6 +44,9 @@
 #define STRIP 512      /* columns whose sums are kept at once */
 #define BLOCK_ROWS 64  /* rows summed in float before they are added in double */
 #define LONG 32768     /* elements from which the GIL is released */
+#define WIRE_TILE 256  /* numbers that share a scale in comm/wire.py */
+#define SMALLEST_SCALE 0x1p-126f            /* where neither x / scale nor 127 * scale can leave float32 */
+#define LARGEST_SCALE 0x1.020406p+121f      /* the float32 before its largest number / 127 */
 #define SQRT_HALF 0.70710678f
 #define INV_SQRT_2PI 0.39894228f
 #define SELU_SCALE 1.05070099f
@@ -59,6 +55,8 @@
 typedef Py_ssize_t Index;
 enum { IDENTITY, RELU, LEAKY_RELU, GELU, SILU, ELU, SELU, TANH, SIGMOID, SOFTPLUS, ACTIVATIONS };
 enum { BINARY_CROSS_ENTROPY, MEAN_SQUARED, MEAN_ABSOLUTE, HUBER, MEAN_LOSSES };
+enum { BF16, FLOAT16, INT8, WIRES };
+enum { ENCODE, DECODE, ROUND, ADD, TOWARDS, WIRE_ACTIONS };
 
 typedef struct {
     float *data;
@@ -92,6 +90,7 @@ typedef struct {
     void (*rmsprop)(float *, const float *, float *, float *, Index, float, float, float, float, float, float, float);
     void (*adagrad)(float *, const float *, float *, Index, float, float, float, float);
     void (*ema)(float *, const float *, float, Index);
+    void (*wire)(int, int, uint8_t *, float *, float *, Index);
     void (*sum_float)(const Array *, int, const Array *, int);
     void (*sum_double)(const Array *, int, const Array *, int);
 } Kernels;
@@ -112,17 +111,18 @@ static inline uint64_t splitmix64(uint64_t key)
 #undef ROW_SUM
 #undef GATHER_ROW
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define HAVE_AVX2 1
+#ifdef HAVE_AVX2
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #define NAME(x) avx2_##x
+#define USE_F16C
 #include "_fused_kernels.h"
 #undef NAME
+#undef USE_F16C
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -582,167 +582,41 @@ METHOD(ema)
     Py_RETURN_NONE;
 }
 
-/* Arrays of several ranks. Denormal numbers are kept here: the NumPy path must give the same bits. */
+static Index wire_bytes(int kind, Index n) { return kind == INT8 ? (n + WIRE_TILE - 1) / WIRE_TILE * 4 + n : 2 * n; }
 
-/* Take the buffers of a tuple of 1-D contiguous arrays; return how many were taken */
-static int take_all(Array *arrays, PyObject *tuple, Py_ssize_t count, int flags)
+/* wire(action, kind, data, values, other): ROUND and TOWARDS need other, the rest or the target of each value */
+METHOD(wire)
 {
-    const char *wrong;
-    for (Py_ssize_t k = 0; k < count; k++) {
-        Py_buffer *view = &arrays[k].view;
-        if (PyObject_GetBuffer(PyTuple_GetItem(tuple, k), view, PyBUF_STRIDES | PyBUF_FORMAT | flags))
-            return (int)k;
-        wrong = measure(&arrays[k], "fd", 1);
-        if (wrong) {
-            PyErr_Format(PyExc_ValueError, "sum_arrays: array %zd %s", k + 1, wrong);
-            PyBuffer_Release(view);
-            return (int)k;
-        }
-    }
-    return (int)count;
-}
-
-/* sum_arrays(targets, sources): tuples of arrays; every target becomes the sum of the sources, added in their order */
-METHOD(sum_arrays)
-{
-    (void)self;
-    if (nargs != 2 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Size(args[1])) {
-        PyErr_SetString(PyExc_TypeError, "sum_arrays takes two tuples of arrays, of which the second is not empty");
-        return NULL;
-    }
-    Py_ssize_t targets = PyTuple_Size(args[0]), sources = PyTuple_Size(args[1]), all = targets + sources;
-    Array *array = PyMem_Malloc((size_t)all * sizeof(Array));
-    int taken, fits = 0;
-    if (!array)
-        return PyErr_NoMemory();
-    taken = take_all(array, args[0], targets, PyBUF_WRITABLE);
-    if (taken == targets)
-        taken += take_all(array + targets, args[1], sources, 0);
-    if (taken == all) {
-        const Array *first = array + targets;
-        fits = 1;
-        for (Py_ssize_t k = 0; k < all; k++)
-            fits &= array[k].size == first->size && array[k].view.itemsize == first->view.itemsize;
-        if (!fits)
-            PyErr_SetString(PyExc_ValueError, "sum_arrays: lengths or element types do not agree");
-    }
-    if (fits && array[targets].size) {
-        PyThreadState *state = array[targets].size * all > LONG ? PyEval_SaveThread() : NULL;
-        (array[targets].view.itemsize == 4 ? kernels->sum_float : kernels->sum_double)(array, (int)targets,
-                                                                                      array + targets, (int)sources);
-        if (state)
-            PyEval_RestoreThread(state);
-    }
-    while (taken)
-        PyBuffer_Release(&array[--taken].view);
-    PyMem_Free(array);
-    if (!fits)
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-#ifdef HAVE_MEET
-/* The meeting of the ranks of a node, by counters in their shared memory. In round k rank r tells that it has come so
-   far and waits for rank r - 2^k; after ceil(log2 size) rounds it knows of all. (D. Hensgen, R. Finkel, U. Manber, "Two
-   algorithms for barrier synchronization", Int. J. Parallel Program. 17 (1988).) A row of the table belongs to one rank,
-   which alone writes it (but for `asleep`), and has cache lines of its own. A counter only grows, modulo 2^32, so a
-   call that gives up may be repeated with the same turn.
-
-   Order of memory: what a rank wrote before the meeting is seen by every rank after it; each store of a counter
-   releases, each load that ends a wait acquires, and both are sequentially consistent, so that no sleeper is missed. */
-typedef struct {
-    _Atomic uint32_t turn, asleep;
-} Mark;
-
-#define ROUNDS 16         /* enough for 65,536 ranks */
-#define SPINS 300         /* looks in a row while the GIL is held: about 5 us */
-#define YIELDS 1000       /* further ones, each giving the core away, before Python has a turn */
-#define SLEEP_NS 1000000  /* the longest sleep of a rank that shares its core, before Python has a turn */
-
-static inline int arrived(Mark *mark, uint32_t turn) { return (int32_t)(atomic_load(&mark->turn) - turn) >= 0; }
-
-static inline void relax(void)
-{
-#if defined(__SSE__) || defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__) && defined(__GNUC__)
-    __asm__ volatile("yield");
-#endif
-}
-
-static void tell(Mark *mark, uint32_t turn)
-{
-    atomic_store(&mark->turn, turn);
-#ifdef __linux__
-    if (atomic_exchange(&mark->asleep, 0))
-        syscall(SYS_futex, &mark->turn, FUTEX_WAKE, 1, NULL, NULL, 0);
-#endif
-}
-
-static int await(Mark *mark, uint32_t turn, int crowded)
-{
-    if (!crowded)
-        for (int k = 0; k < YIELDS; k++) {
-            if (arrived(mark, turn))
-                return 1;
-            sched_yield();
-        }
-#ifdef __linux__
-    else {
-        struct timespec limit = {0, SLEEP_NS};
-        uint32_t seen = atomic_load(&mark->turn);
-        atomic_store(&mark->asleep, 1);
-        if ((int32_t)(seen - turn) < 0)
-            syscall(SYS_futex, &mark->turn, FUTEX_WAIT, seen, &limit, NULL, 0);
-    }
-#else
-    else
-        sched_yield();
-#endif
-    return arrived(mark, turn);
-}
-
-/* meet(table, rank, turn, crowded) -> bool: True when all ranks have called it with this turn; False after a short
-   while, so that the caller may do something else and call again. `table` (size, 32) uint32 lies in shared memory;
-   a `crowded` rank has no core of its own and sleeps while it waits. */
-METHOD(meet)
-{
-    BEGIN("meet", 4)
-    Array *table = take(&all, args[0], "I", 2, WRITE);
-    uint64_t rank = word(&all, args[1]), turn = word(&all, args[2]);
-    int crowded = code(&all, args[3], 2), done = 1;
-    Index size = table->rows;
-    if (!all.failed && ((Index)rank >= size || table->cols != 2 * ROUNDS || table->ld != 2 * ROUNDS))
-        refuse(&all, "no such rank, or a table of another width");
+    BEGIN("wire", 5)
+    int action = code(&all, args[0], WIRE_ACTIONS), kind = code(&all, args[1], WIRES);
+    int reads = action == DECODE || action == ADD, two = action == ROUND || action == TOWARDS;
+    Array *data = take(&all, args[2], "B", 1, reads ? READ : WRITE);
+    Array *values = take(&all, args[3], "f", 1, action == ENCODE ? READ : WRITE);
+    Array *other = take(&all, args[4], "f", 1, action == ROUND ? WRITE | OPTIONAL : OPTIONAL);
+    if (!all.failed && (data->size != wire_bytes(kind, values->size) || (uintptr_t)data->data % 2))
+        refuse(&all, "data must lie at an even address and hold exactly the bytes of the values");
+    if (!all.failed && (two != (other->data != NULL) || (two && other->size != values->size)))
+        refuse(&all, "rests or targets must be as many as the values");
     if (!all.failed) {
-        PyThreadState *state = NULL;
-        Mark *marks = (Mark *)table->data;
-        int round = 0;
-        for (Index step = 1; done && step < size; step *= 2, round++) {
-            Mark *other = marks + ((Index)rank + size - step) % size * ROUNDS + round;
-            tell(marks + (Index)rank * ROUNDS + round, (uint32_t)turn);
-            for (int k = crowded ? SPINS - 10 : 0; k < SPINS && !arrived(other, (uint32_t)turn); k++)
-                relax();
-            if (arrived(other, (uint32_t)turn))
-                continue;
-            if (!state)
-                state = PyEval_SaveThread();
-            done = await(other, (uint32_t)turn, crowded);
-        }
+        PyThreadState *state = values->size > LONG ? PyEval_SaveThread() : NULL;
+        kernels->wire(action, kind, (uint8_t *)data->data, (float *)values->data, (float *)other->data, values->size);
         if (state)
             PyEval_RestoreThread(state);
     }
     release(&all);
-    return all.failed ? NULL : PyBool_FromLong(done);
+    if (all.failed)
+        return NULL;
+    Py_RETURN_NONE;
 }
-#endif
+
+#include "_fused_node.h"
 
 #define ENTRY(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
     ENTRY(bias_activation), ENTRY(activation_backward), ENTRY(column_sum), ENTRY(cross_entropy), ENTRY(mean_loss),
     ENTRY(layer_norm), ENTRY(layer_norm_backward), ENTRY(dropout_mask), ENTRY(dropout), ENTRY(gather),
     ENTRY(add_scaled), ENTRY(sum_squares), ENTRY(finite), ENTRY(checksum), ENTRY(sgd), ENTRY(adam),
-    ENTRY(adam_direction), ENTRY(rmsprop), ENTRY(adagrad), ENTRY(ema), ENTRY(sum_arrays),
+    ENTRY(adam_direction), ENTRY(rmsprop), ENTRY(adagrad), ENTRY(ema), ENTRY(wire), ENTRY(sum_arrays),
 #ifdef HAVE_MEET
     ENTRY(meet),
 #endif
@@ -758,8 +632,10 @@ PyMODINIT_FUNC PyInit__fused(void)
     PyObject *module = PyModule_Create(&definition);
     const char *target = "baseline";
 #ifdef HAVE_AVX2
+    unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+    __get_cpuid(1, &eax, &ebx, &ecx, &edx); /* not every compiler's __builtin_cpu_supports knows "f16c" */
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && ecx & bit_F16C) {
         kernels = &avx2_kernels;
         target = "avx2";
     }

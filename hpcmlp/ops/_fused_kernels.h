@@ -580,9 +580,11 @@ SUM_OF(float)
 SUM_OF(double)
 #undef SUM_OF
 
+#include "_fused_wire.h"
+
 static const Kernels NAME(kernels) = {
     NAME(bias_activation), NAME(activation_backward), NAME(cross_entropy), NAME(mean_loss), NAME(layer_norm),
     NAME(layer_norm_backward), NAME(dropout_mask), NAME(dropout), NAME(gather_uint8_t), NAME(gather_float),
     NAME(add_scaled), NAME(sum_squares), NAME(finite), NAME(checksum), NAME(sgd), NAME(adam), NAME(adam_direction),
-    NAME(rmsprop), NAME(adagrad), NAME(ema), NAME(sum_float), NAME(sum_double),
+    NAME(rmsprop), NAME(adagrad), NAME(ema), NAME(wire), NAME(sum_float), NAME(sum_double),
 };
