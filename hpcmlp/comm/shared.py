@@ -16,8 +16,8 @@ all-reduce; nothing is sent. The ranks meet once in a reduce-scatter, once in an
 an all-gather of an ordinary one and in an all-reduce, once in an all-reduce through the stage.
 
 A meeting orders memory: what a rank wrote before it is seen by all after it. With the C kernels it is a few loads and
-stores of counters in shared memory (`meet` in ops/_fused_node.h), else Win.Sync and MPI's barrier (MPI-4.1 section 12.5.4,
-separate accesses by load and store). After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel
+stores of counters in shared memory (`meet` in ops/_fused_node.h), else Win.Sync and MPI's barrier (MPI-4.1 section
+12.5.4, separate accesses by load and store). After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel
 programming", Computing 95 (2013).
 """
 
@@ -194,7 +194,8 @@ class Shared:
         """Start a `gather_towards` and return it, as `start_all_gather`. Collective over the ranks."""
         window = self._window_of(array)
         plan = self._plan(window, array, bounds)
-        return _Later(self._cross.start_gather_towards(plan.share, plan.inner, master), lambda: self._spread(window, plan))
+        across = self._cross.start_gather_towards(plan.share, plan.inner, master)
+        return _Later(across, lambda: self._spread(window, plan))
 
     def advance(self) -> bool:
         """Take what was started as far as it goes without waiting; return whether nothing is under way. Local."""
