@@ -78,11 +78,14 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     if wire != "float32":
         name = "ring"
     if name == "shared" or (name == "auto" and topology.size > topology.num_nodes):
+        shared = None
         try:
             shared = Shared(topology)
             return Exchange("shared", shared, *_vectors(shared, size, dtype, own_params))
         except SharedUnavailable as why:
             note = f"sync ring instead of shared: {why}"
+        if shared is not None:
+            shared.free()       # it may hold one of the two vectors
     name = "ring" if name in ("auto", "shared") else name
     collective = make_ring(topology.comm, wire) if name == "ring" else make_collective(name, topology)
     return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), note)
