@@ -30,6 +30,9 @@ STAGE_BYTES = 1 << 16  # larger ordinary arrays go round the ring
 WORDS = 64
 ALIGN_BYTES = 64
 SPARE_BYTES = 1 << 20  # of /dev/shm, for what the MPI library adds to a window
+# MPICH maps memory for a communicator's small collectives at the sixth of a kind, and dies of a bus error when there is
+# none left: let it do so before we take any.
+SETTLING_CALLS = 8
 
 
 class SharedUnavailable(Exception):
@@ -58,6 +61,9 @@ class Shared:
         self._stage = self._words = []
         try:
             self._check_even()
+            for _ in range(SETTLING_CALLS):
+                self._agree("")
+                self.node.Barrier()
             stage = self._window(STAGE_BYTES, common=False)
             words = self._window(8 * WORDS, common=False)
         except SharedUnavailable:
@@ -276,8 +282,7 @@ class _Window:
         Collective over the node. First touch by the owner: its own memory on a machine with several. MPI libraries
         promise a file's length but reserve no memory for it. So the kernel does the writing, by a read from
         /dev/zero: it ends early where the file system is full, and a store of our own would be a bus error.
-        What has been touched stays. (MPICH touches memory of its own as late as a communicator's sixth collective: in
-        a file system that others have filled to the last page that may still be a bus error.)
+        What has been touched stays.
         """
         missing = 0
         if not self.common or self._node.rank == 0:
