@@ -51,8 +51,8 @@ class WireRing(Ring):
     """
 
     def __init__(self, comm: MPI.Intracomm, wire: str, feedback: bool = True, segment_bytes: int = SEGMENT_BYTES,
-                 limit_bytes: int = LIMIT_BYTES):
-        super().__init__(comm, segment_bytes, limit_bytes)
+                 limit_bytes: int = LIMIT_BYTES, small_bytes: int | None = None):
+        super().__init__(comm, segment_bytes, limit_bytes, small_bytes)
         self.narrow = self.size > 1
         self.wire, self.feedback = make_format(wire, max(1, self.segment_bytes // 4)), feedback
         self._residuals: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}

@@ -12,8 +12,9 @@ ranks (through the stage: in the order of the local ranks alone), then around th
 on all ranks.
 
 Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter, reads n and writes n in an
-all-reduce; nothing is sent. The ranks meet once in a reduce-scatter, once in an all-gather of a common array, twice in
-an all-gather of an ordinary one and in an all-reduce, once in an all-reduce through the stage.
+all-reduce; nothing is sent. Between N nodes of L ranks each rank sends (N-1)/N n/L in each half. The ranks meet once in
+a reduce-scatter, once in an all-gather of a common array, twice in an all-gather of an ordinary one and in an
+all-reduce, once in an all-reduce through the stage.
 
 A meeting orders memory: what a rank wrote before it is seen by all after it. With the C kernels it is a few loads and
 stores of counters in shared memory (`meet` in ops/_fused_node.h), else Win.Sync and MPI's barrier (MPI-4.1 section
@@ -28,8 +29,12 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from hpcmlp import node_memory
+from hpcmlp.comm.messages import broadcast_bytes
 from hpcmlp.comm.ring import Bounds, Ring
 from hpcmlp.comm.topology import Topology
+from hpcmlp.errors import Unavailable
+from hpcmlp.launch import cpu_quota
 from hpcmlp.ops.host import kernels
 
 BLOCK_BYTES = 1 << 17   # of one source while NumPy sums: the sources of a block stay in the cache
@@ -37,7 +42,12 @@ STAGE_BYTES = 1 << 14   # arrays up to here take the stage
 ALIGN_BYTES = 64
 WORDS = 64              # control words that fit beside an array
 MARKS = 32              # uint32 of one rank in the table of a meeting
+PATIENCE = 25           # calls of `meet`, 0.2 ms each, after which a rank sleeps while it waits
 MAX_VIEWS = 64          # views of the stage that are kept
+SPARE_BYTES = 1 << 20   # of /dev/shm, for what the MPI library adds to a window
+# MPICH maps memory for a communicator's small collectives at the sixth of a kind, and dies of a bus error when there is
+# none left: let it do so before we take any.
+SETTLING_CALLS = 8
 
 
 class SharedUnavailable(Exception):
@@ -48,8 +58,9 @@ class Shared:
     """Collectives of all ranks, through memory inside a node.
 
     Collective over `topology.comm`. Raises SharedUnavailable, on all ranks, when nodes hold different numbers of ranks
-    or the shared-memory file system is too small for a first window. `make_cross` makes the ring between nodes from the
-    communicator of the ranks with one local rank; a `ring_wire.WireRing` makes only what crosses the network narrow.
+    or the shared-memory file system is too small for a first window; nothing stays allocated then. `make_cross` makes
+    the ring between nodes from the communicator of the ranks with one local rank; a `ring_wire.WireRing` makes only
+    what crosses the network narrow.
     The C kernels are taken where all ranks of the node have them, unless `fused` is False.
     """
 
@@ -67,14 +78,27 @@ class Shared:
         self._windows: list[_Window] = []
         self._plans: dict[tuple, _Plan] = {}
         self._views: dict[tuple, tuple] = {}
-        self._check_even()
-        self._kernels = self._common_kernels() if fused else None
-        self._crowded = self._cores() < self.local_size
         self._turn = self._half = 0
-        self._table = self._window(4 * MARKS * self.local_size, common=True)
-        self._marks = self._table.memories[0][:4 * MARKS * self.local_size].view(np.uint32).reshape(-1, MARKS)
+        self._stage: list[np.ndarray] = []
+        self._marks: np.ndarray | None = None
+        try:
+            self._check_even()
+            for _ in range(SETTLING_CALLS):
+                self._agree("")
+                self.node.Barrier()
+            self._kernels = self._common_kernels() if fused else None
+            self._crowded = self._cores() < self.local_size
+            self._open_stage()
+        except SharedUnavailable:
+            self.free()
+            raise
+
+    def _open_stage(self) -> None:
+        table_bytes = 4 * MARKS * self.local_size
+        self._table = self._window(table_bytes, common=True)
+        self._marks = self._table.memories[0][:table_bytes].view(np.uint32).reshape(-1, MARKS)
         # Two halves in turn: a rank that fills one again has met all that read it.
-        stage = self._window(2 * (STAGE_BYTES + 8 * WORDS), common=False)
+        stage = self._window(2 * (8 * WORDS + STAGE_BYTES), common=False)
         self._stage = [memory.reshape(2, -1) for memory in stage.memories]
 
     def _check_even(self) -> None:
@@ -95,7 +119,8 @@ class Shared:
         held = np.zeros(4096, np.uint8)
         held[[core for core in os.sched_getaffinity(0) if core < held.size]] = 1
         self.node.Allreduce(MPI.IN_PLACE, held, MPI.MAX)
-        return int(held.sum())
+        quota = cpu_quota()
+        return int(held.sum() if quota is None else min(held.sum(), quota))
 
     def empty(self, size: int, dtype: Any) -> np.ndarray:
         """Return a zeroed (size,) array that the ranks of this node reach in place.
@@ -119,13 +144,25 @@ class Shared:
 
     def _window(self, num_bytes: int, common: bool) -> "_Window":
         needed = num_bytes * (1 if common else self.local_size)
-        short = np.array([_shortage(needed) if self.local_rank == 0 else 0], np.int64)
-        self.comm.Allreduce(MPI.IN_PLACE, short, MPI.MAX)
-        if short[0]:
-            raise SharedUnavailable(f"/dev/shm lacks {short[0] / 2**20:.1f} MiB of the {needed / 2**20:.1f} MiB needed")
+        self._agree(_too_small(needed + SPARE_BYTES) if self.local_rank == 0 else "")
         window = _Window(self.node, num_bytes, common)
+        missing = window.fill()
+        try:
+            self._agree(f"another program took {missing / 2**20:.1f} of {needed / 2**20:.1f} MiB in /dev/shm while they "
+                        f"were allocated; {node_memory.advice()}" if missing else "")
+        except SharedUnavailable:
+            window.free()
+            raise
         self._windows.append(window)
         return window
+
+    def _agree(self, reason: str) -> None:
+        """Raise SharedUnavailable with the reason of the lowest rank that has one, on all ranks. Collective."""
+        first = np.array([self.rank if reason else self.size], np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
+        if first[0] < self.size:
+            text = reason.encode() if self.rank == first[0] else None
+            raise SharedUnavailable(broadcast_bytes(self.comm, text, int(first[0])).decode())
 
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
         """Sum over the ranks; this rank gets the sum of part `self.part`, in place.
@@ -293,8 +330,10 @@ class Shared:
             self._table.win.Sync()
             return
         self._turn = (self._turn + 1) % 2**32
-        while not self._kernels.meet(self._marks, self.local_rank, self._turn, self._crowded):
+        tries = 0
+        while not self._kernels.meet(self._marks, self.local_rank, self._turn, self._crowded or tries > PATIENCE):
             self.node.Iprobe()  # messages of earlier calls may need it to move on; and Python handles signals here
+            tries += 1
 
     def _sum(self, targets: tuple, sources: tuple) -> None:
         """Make every target the sum of the sources in their order; the targets may be the sources, or the first one."""
@@ -423,12 +462,20 @@ class _Later:
 
 
 class _Window:
-    """Shared memory of the ranks of one node, zeroed by its owners."""
+    """Shared memory of the ranks of one node; `fill` before the first use.
+
+    Collective over `node`. MPI libraries take the file's name away at once, so that a killed job leaves none.
+    """
 
     def __init__(self, node: MPI.Intracomm, num_bytes: int, common: bool):
-        self.common = common
+        self.common, self._node = common, node
         room = -(-max(num_bytes, 1) // ALIGN_BYTES) * ALIGN_BYTES + ALIGN_BYTES
-        self.win = MPI.Win.Allocate_shared(room if not common or node.rank == 0 else 0, 1, MPI.INFO_NULL, node)
+        try:
+            self.win = MPI.Win.Allocate_shared(room if not common or node.rank == 0 else 0, 1, MPI.INFO_NULL, node)
+        except MPI.Exception as error:
+            # Other ranks may be inside the call for ever: the job ends by this one's word.
+            raise Unavailable(f"{node.size} x {room / 2**20:.1f} MiB of shared memory cannot be allocated "
+                              f"({error.Get_error_string()}); give --sync ring, or {node_memory.advice()}.") from None
         self.win.Lock_all(MPI.MODE_NOCHECK)
         self.memories = []
         for rank in range(1 if common else node.size):
@@ -437,13 +484,32 @@ class _Window:
             shift = -raw.ctypes.data % ALIGN_BYTES
             self.memories.append(raw[shift:shift + room - ALIGN_BYTES])
         own = self.memories[0 if common else node.rank]
-        if not common or node.rank == 0:
-            own[:] = 0  # first touch by the owner: its own memory on a machine with several
         self.start = own.ctypes.data
         self.stop = self.start + own.nbytes
+
+    def fill(self) -> int:
+        """Write zeros into what this rank owns of it and return how many bytes there is no memory for.
+
+        Collective over the node. First touch by the owner: its own memory on a machine with several. MPI libraries
+        promise a file's length but reserve no memory for it. So the kernel does the writing, by a read from
+        /dev/zero: it ends early where the file system is full, and a store of our own would be a bus error.
+        What has been touched stays.
+        """
+        missing = 0
+        if not self.common or self._node.rank == 0:
+            own = memoryview(self.memories[0 if self.common else self._node.rank])
+            with open("/dev/zero", "rb", buffering=0) as zeros:
+                at = 0
+                while at < len(own):
+                    try:
+                        at += zeros.readinto(own[at:])
+                    except OSError:
+                        missing = len(own) - at
+                        break
         self.win.Sync()
-        node.Barrier()
+        self._node.Barrier()
         self.win.Sync()
+        return missing
 
     def free(self) -> None:
         self.memories = []
@@ -451,10 +517,10 @@ class _Window:
         self.win.Free()
 
 
-def _shortage(needed: int) -> int:
-    """Return how many of `needed` bytes the shared-memory file system lacks; 0 when they fit or nobody knows."""
-    try:
-        disk = os.statvfs("/dev/shm")
-    except OSError:
-        return 0
-    return max(0, needed + (1 << 20) - disk.f_bavail * disk.f_frsize)
+def _too_small(needed: int) -> str:
+    """Return the sentence for a shared-memory file system with less than `needed` bytes; "" when there are enough."""
+    free = node_memory.free_bytes()
+    if free >= needed:
+        return ""
+    return (f"/dev/shm on {MPI.Get_processor_name()} has {free / 2**20:.1f} MiB free of the {needed / 2**20:.1f} MiB "
+            f"needed; {node_memory.advice()}")

@@ -86,8 +86,8 @@ typedef struct {
 
 #define ROUNDS 16         /* enough for 65,536 ranks */
 #define SPINS 300         /* looks in a row while the GIL is held: about 5 us */
-#define YIELDS 1000       /* further ones, each giving the core away, before Python has a turn */
-#define SLEEP_NS 1000000  /* the longest sleep of a rank that shares its core, before Python has a turn */
+#define YIELD_NS 200000   /* how long a rank goes on looking, giving the core away each time, before Python has a turn */
+#define SLEEP_NS 1000000  /* how long a rank sleeps before Python has a turn */
 
 static inline int arrived(Mark *mark, uint32_t turn) { return (int32_t)(atomic_load(&mark->turn) - turn) >= 0; }
 
@@ -109,38 +109,41 @@ static void tell(Mark *mark, uint32_t turn)
 #endif
 }
 
-static int await(Mark *mark, uint32_t turn, int crowded)
+static inline int64_t nanoseconds(void)
 {
-    if (!crowded)
-        for (int k = 0; k < YIELDS; k++) {
-            if (arrived(mark, turn))
-                return 1;
-            sched_yield();
-        }
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static int await(Mark *mark, uint32_t turn, int sleep)
+{
 #ifdef __linux__
-    else {
+    if (sleep) {
         struct timespec limit = {0, SLEEP_NS};
         uint32_t seen = atomic_load(&mark->turn);
         atomic_store(&mark->asleep, 1);
         if ((int32_t)(seen - turn) < 0)
             syscall(SYS_futex, &mark->turn, FUTEX_WAIT, seen, &limit, NULL, 0);
+        return arrived(mark, turn);
     }
-#else
-    else
-        sched_yield();
 #endif
-    return arrived(mark, turn);
+    (void)sleep;
+    for (int64_t end = nanoseconds() + YIELD_NS; !arrived(mark, turn); sched_yield())
+        if (nanoseconds() > end)
+            return 0;
+    return 1;
 }
 
-/* meet(table, rank, turn, crowded) -> bool: True when all ranks have called it with this turn; False after a short
-   while, so that the caller may do something else and call again. `table` (size, 32) uint32 lies in shared memory;
-   a `crowded` rank has no core of its own and sleeps while it waits. */
+/* meet(table, rank, turn, sleep) -> bool: True when all ranks have called it with this turn; False after a short while,
+   so that the caller may do something else and call again. `table` (size, 32) uint32 lies in shared memory; `sleep`
+   gives the core away at once, for ranks that have none of their own. */
 METHOD(meet)
 {
     BEGIN("meet", 4)
     Array *table = take(&all, args[0], "I", 2, WRITE);
     uint64_t rank = word(&all, args[1]), turn = word(&all, args[2]);
-    int crowded = code(&all, args[3], 2), done = 1;
+    int sleep = code(&all, args[3], 2), done = 1;
     Index size = table->rows;
     if (!all.failed && ((Index)rank >= size || table->cols != 2 * ROUNDS || table->ld != 2 * ROUNDS))
         refuse(&all, "no such rank, or a table of another width");
@@ -151,13 +154,13 @@ METHOD(meet)
         for (Index step = 1; done && step < size; step *= 2, round++) {
             Mark *other = marks + ((Index)rank + size - step) % size * ROUNDS + round;
             tell(marks + (Index)rank * ROUNDS + round, (uint32_t)turn);
-            for (int k = crowded ? SPINS - 10 : 0; k < SPINS && !arrived(other, (uint32_t)turn); k++)
+            for (int k = sleep ? SPINS - 10 : 0; k < SPINS && !arrived(other, (uint32_t)turn); k++)
                 relax();
             if (arrived(other, (uint32_t)turn))
                 continue;
             if (!state)
                 state = PyEval_SaveThread();
-            done = await(other, (uint32_t)turn, crowded);
+            done = await(other, (uint32_t)turn, sleep);
         }
         if (state)
             PyEval_RestoreThread(state);
