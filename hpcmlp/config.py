@@ -148,7 +148,8 @@ class TrainConfig:
     # how it runs
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
-                       "nodes), ring, or native (the MPI library's own); auto: shared where ranks share a node")
+                       "nodes), ring, or native (the MPI library's own); auto: shared on one node, else the fastest "
+                       "in a short trial")
     wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in; what is rounded away "
                        "is added to the next step's gradient; all but float32 need --sync ring or auto, which then "
                        "is the ring")

@@ -10,7 +10,7 @@ from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import Shared
 from hpcmlp.errors import ConfigError
 
-# Beside the plain forms: messages so small that every part is cut many times; all by one call of MPI; without C kernels.
+# Beside the plain forms: messages so small that every part is cut many times; all in one call of MPI; no C kernels.
 MAKERS = {
     "ring": Ring,
     "ring cut": lambda comm: Ring(comm, limit_bytes=64, small_bytes=0),

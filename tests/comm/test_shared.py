@@ -163,11 +163,10 @@ def test_with_and_without_c_kernels_the_bits_are_the_same(comm, dtype):
         for length in (1, 7, 2047, 2049, STAGE_BYTES // 4 + 1, 70_001):
             values = (random.standard_normal(length) * 10.0 ** random.integers(-6, 7, length)).astype(dtype)
             values[:length // 3] = tiny * random.random(length // 3)
-            results = []
+            control, results = random.standard_normal(5), []
             for fused in (True, False):
                 collective = Shared(topology, fused=fused)
-                array, words = collective.empty(length, dtype), random.standard_normal(5) if not results else words_in
-                words_in = words.copy()
+                array, words = collective.empty(length, dtype), control.copy()
                 array[:] = values
                 collective.all_reduce(array, words)
                 every, summed = array.copy(), words.copy()
