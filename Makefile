@@ -25,7 +25,7 @@ WHEELHOUSE_EXTRAS ?= mpich,plot,progress
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install run example test lint check bench bench-peers clean distclean wheelhouse
+.PHONY: help install run example test test-cluster lint check bench bench-peers clean distclean wheelhouse
 .PRECIOUS: data/%/dataset.json
 .DELETE_ON_ERROR:
 
@@ -81,6 +81,10 @@ test: $(VENV)/test-extras ## the serial tests, then those of the world at 1, 2, 
 	for ranks in 1 2 3 4; do \
 	    echo "== $$ranks ranks"; $$MPIEXEC -n $$ranks $(PYTEST) -q --only-mpi -p no:cacheprovider; \
 	done
+
+test-cluster: $(VENV)/test-extras ## the tests over several hosts, which are namespaces of this machine
+	@sh .ci/have ip iproute2 && sh .ci/have nsenter util-linux || true
+	MPIEXEC="$(MPIEXEC)" $(PYTEST) -q -rs tests/cluster
 
 test-%: $(VENV)/test-extras ## the tests of the world at that number of ranks
 	$(MPIEXEC) -n $* $(PYTEST) -q --only-mpi -p no:cacheprovider

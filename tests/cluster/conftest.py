@@ -10,7 +10,7 @@ HOSTS = Path(__file__).with_name("hosts.py")
 
 @pytest.fixture(scope="session", autouse=True)
 def hosts_are_to_be_had(run_ranks):
-    tried = run_ranks(0, HOSTS, "--hosts", 2, "--rate", "1gbit", "--", "true")
+    tried = run_ranks(0, HOSTS, "--hosts", 2, "--rate", "1gbit", "--", "{mpiexec}", "true")
     if tried.returncode == 69:
         pytest.skip(tried.stderr.strip())
     assert tried.returncode == 0, tried.stderr

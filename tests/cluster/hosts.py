@@ -158,14 +158,18 @@ def find_mpiexec():
 
 def launcher(mpiexec, names, ranks):
     """Return the words that start `ranks[k]` ranks on host `names[k]`, every variable of this environment passed on."""
+    if mpiexec is None:
+        raise Unavailable("there is no mpiexec beside this Python, in PATH or named by MPIEXEC")
     version = subprocess.run([mpiexec, "--version"], capture_output=True, text=True).stdout
     hosts = ",".join(f"{name}:{count}" for name, count in zip(names, ranks, strict=True) if count)
-    agent = str(PLACE / "agent")
+    agent, total = str(PLACE / "agent"), str(sum(ranks))
     if "HYDRA" in version:
-        return [mpiexec, "-launcher", "ssh", "-launcher-exec", agent, "-hosts", hosts, "-n", str(sum(ranks))]
+        return [mpiexec, "-launcher", "ssh", "-launcher-exec", agent, "-hosts", hosts, "-n", total]
+    if "Open MPI" not in version:
+        raise Unavailable(f"{mpiexec} is the launcher of neither MPICH nor Open MPI")
+    ours = ["--prtemca", "plm_ssh_agent"] if "Open MPI) 5" in version else ["-mca", "plm_rsh_agent"]
     variables = [word for name in os.environ if name.isidentifier() for word in ("-x", name)]
-    agent_option = ["--prtemca", "plm_ssh_agent"] if "Open MPI) 5" in version else ["-mca", "plm_rsh_agent"]
-    return [mpiexec, *agent_option, agent, "--bind-to", "none", "--host", hosts, "-n", str(sum(ranks)), *variables]
+    return [mpiexec, *ours, agent, "--bind-to", "none", "--host", hosts, "-n", total, *variables]
 
 
 def inside(options):
