@@ -202,8 +202,9 @@ class Training:
                                self.exchange.grads if on_host else None)
         ops.from_host(self._initial_parameters(), self.network.params)
         buckets = cut(layout.size, self.spec.layer_starts(), int(c.bucket_mb * 2**20) // 4, topology.size)
-        self.strategy = make_strategy(c.full_update)(self.exchange.collective, buckets, topology.size,
-                                                     self.network.params, self.network.grads, ops)
+        strategy = make_strategy(c.full_update, self.exchange.collective.narrow)
+        self.strategy = strategy(self.exchange.collective, buckets, topology.size, self.network.params,
+                                 self.network.grads, ops)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
         average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
         if average is not None:
@@ -287,7 +288,7 @@ class Training:
                 ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}; {cores} cores and {threads} BLAS "
                           f"thread(s) for rank 0"),
                 ("MPI", f"{width}, sync {self.exchange.name}"
-                        f"{f', gradients in {c.wire} on the wire' if c.wire != 'float32' else ''}"
+                        f"{f', {self.exchange.wire} on the wire' if self.exchange.wire != 'float32' else ''}"
                         f"{', whole update' if c.full_update else ''}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
                                        if c.device == "cpu" else "")),
@@ -493,7 +494,7 @@ class Training:
         self.directory.write("summary.json", to_json(
             {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
              "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": self.exchange.name,
-             "wire": c.wire, "device": c.device,
+             "wire": self.exchange.wire, "device": c.device,
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
              "parameters_sha256": layout.sha256(flat),

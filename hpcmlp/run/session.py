@@ -81,13 +81,15 @@ class Session:
             flats["average"] = self.strategy.whole(self.average.array)
         if self.best is not None:
             flats["best"] = self.strategy.whole(self.best)
+        carried = self.strategy.carried()
+        flats |= {f"sync/{name}": flat for name, flat in carried.items()}
         arrays = {f"{group}/{name}": view for group, flat in flats.items()
                   for name, view in layout.views(flat).items()}
         progress = asdict(self.progress)
         best = {"step": self.progress.best_step, "value": self.progress.best_value, "val": self.progress.best_val}
         from hpcmlp.run import checkpoint  # what the first step does not need is imported after it
         return checkpoint.State({**meta, "step": self.progress.step, "progress": progress, "best": best,
-                                 "has_best": self.best is not None}, arrays)
+                                 "has_best": self.best is not None, "carried": sorted(carried)}, arrays)
 
     def restore(self, run_dir: str, check: Any) -> tuple[bool, list[str]]:
         """Take up the newest good checkpoint of `run_dir`.
@@ -125,11 +127,13 @@ class Session:
             self.average.array[...] = self.strategy.owned(self._give_out(state, "average"))
         if values["has_best"]:
             self.keep_best(self._give_out(state, "best"))
+        self.strategy.take_up({name: self._give_out(state, f"sync/{name}") for name in values.get("carried", ())})
         return True, notes
 
     def _check_arrays(self, state: "checkpoint.State") -> None:
         groups = ["params", *(f"optimizer/{name}" for name in self.optimizer.state)]
         groups += ["average"] * (self.average is not None) + ["best"] * state.meta["has_best"]
+        groups += [f"sync/{name}" for name in state.meta.get("carried", ())]
         for group in groups:
             try:
                 self.network.layout.pack(state.group(group))
