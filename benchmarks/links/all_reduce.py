@@ -53,17 +53,17 @@ def main() -> None:
 
     comm = world.comm
     rings = {f"ring, segments of {size >> 10} KiB": Ring(comm, size) for size in args.segments}
+    candidates = {name: ring.all_reduce for name, ring in rings.items()}
+    candidates["MPI_Allreduce"] = lambda array: comm.Allreduce(MPI.IN_PLACE, array)
     results = []
     for num_bytes in args.bytes:
         array = np.zeros(num_bytes // 4, np.float32)
-        candidates = {name: lambda r=ring: r.all_reduce(array) for name, ring in rings.items()}
-        candidates["MPI_Allreduce"] = lambda: comm.Allreduce(MPI.IN_PLACE, array)
         times = {name: np.empty(args.rounds + 1) for name in candidates}
         for k in range(args.rounds + 1):
-            for name, action in candidates.items():
+            for name, all_reduce in candidates.items():
                 comm.Barrier()
                 begin = time.perf_counter()
-                action()
+                all_reduce(array)
                 times[name][k] = 1e3 * (time.perf_counter() - begin)
         bound = 2 * (comm.size - 1) / comm.size * num_bytes * 8 / args.mbit / 1e3
         for name, values in times.items():
