@@ -94,8 +94,8 @@ def test_every_narrow_wire_reads_digits_as_well_as_float32(hpcmlp, tmp_path):
     accuracy = {}
     for wire in ("float32", "bf16", "float16", "int8"):
         done = hpcmlp("train", "--data", tmp_path / "digits", "--out", tmp_path / wire, "--hidden", 64, "--epochs", 20,
-                      "--global-batch-size", 64, "--lr", 0.003, "--schedule", "cosine", "--sync", "ring", "--wire", wire,
-                      ranks=2)
+                      "--global-batch-size", 64, "--lr", 0.003, "--schedule", "cosine", "--sync", "ring", "--wire",
+                      wire, ranks=2)
         assert done.returncode == 0, done.stderr
         accuracy[wire] = summary(tmp_path / wire)["test"]["accuracy"]
     assert min(accuracy.values()) > 0.95 and min(accuracy.values()) > accuracy["float32"] - 0.012, accuracy

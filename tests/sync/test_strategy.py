@@ -12,10 +12,10 @@ from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import RULES, Average, make_optimizer
 from hpcmlp.ops.device import DeviceOps
 from hpcmlp.ops.host import HostOps
+from hpcmlp.sync import make_strategy
 from hpcmlp.sync.buckets import cut
 from hpcmlp.sync.narrow import NarrowUpdate
 from hpcmlp.sync.step import Step
-from hpcmlp.sync.strategy import make_strategy
 
 SPEC = NetworkSpec((7, 19, 19, 3), "tanh", layer_norm=True)
 ROWS = 23
