@@ -229,12 +229,13 @@ class LocalStep(Step):
         """Fill in the norms; `size` is that of the parameters. Collective: one scalar is summed.
 
         The mean square distance from a mean is the mean square less the square of the mean: one scalar per rank in
-        the words, and the norm of the sum, tell the drift.
+        the words, and the norm of the sum, tell the drift, down to 1e-3 or so of what the ranks have moved.
         """
         moved = self._round.spread / self._round.weight
         result.outer_norm = self.outer.grad_norm() / self._round.weight
         together = result.outer_norm**2
-        result.drift = math.sqrt(max(0.0, moved - together)) / size if size else 0.0
+        apart = max(0.0, moved - together) if self.outer.size > 1 else 0.0
+        result.drift = math.sqrt(apart) / size if size else 0.0
         result.align = together / moved if moved else 1.0
 
     # ---- state that differs between the ranks
