@@ -212,8 +212,8 @@ class Training:
         buckets = cut(layout.size, self.spec.layer_starts(), int(c.bucket_mb * 2**20) // 4, topology.size)
 
         def strategy(whole: bool, params: Any) -> Any:
-            return make_strategy(whole)(self.exchange.collective, buckets, topology.size, params, self.network.grads,
-                                        ops)
+            make = make_strategy(whole, self.exchange.collective.narrow)
+            return make(self.exchange.collective, buckets, topology.size, params, self.network.grads, ops)
 
         self.strategy = strategy(c.full_update or self.local, self.network.params)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
@@ -314,7 +314,7 @@ class Training:
                 ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}; {cores} cores and {threads} BLAS "
                           f"thread(s) for rank 0"),
                 ("MPI", f"{width}, sync {self.exchange.name}"
-                        f"{f', gradients in {c.wire} on the wire' if c.wire != 'float32' else ''}"
+                        f"{f', {self.exchange.wire} on the wire' if self.exchange.wire != 'float32' else ''}"
                         f"{', whole update' if c.full_update else ''}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
                                        if c.device == "cpu" else "")),
@@ -535,7 +535,7 @@ class Training:
             if self.directory is not None:
                 self._write_summary(flat, test)
         if self.local:
-            self.console.line(self.step.report(c.wire))
+            self.console.line(self.step.report(self.exchange.wire))
         self.console.line(f"finished {progress.step} steps in {progress.seconds:.1f} s; run directory {c.out}")
 
     def _write_summary(self, flat: np.ndarray, test: dict[str, Any]) -> None:
@@ -549,8 +549,8 @@ class Training:
         self.directory.write("summary.json", to_json(
             {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
              "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": self.exchange.name,
-             "wire": c.wire, "device": c.device,
-             **({"local": self.step.statistics(c.wire)} if self.local else {}),
+             "wire": self.exchange.wire, "device": c.device,
+             **({"local": self.step.statistics(self.exchange.wire)} if self.local else {}),
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
              "parameters_sha256": layout.sha256(flat),

@@ -49,6 +49,7 @@ class Session:
     def __init__(self, comm: Any, network: Any, strategy: Any, optimizer: Any, average: Any, local: Any = None):
         self.comm, self.network, self.strategy = comm, network, strategy
         self.average, self.local = average, local
+        self._exchange = strategy if local is None else local  # what knows of exchanges still to be made up for
         # Name in a checkpoint -> the strategy that makes it whole, and this rank's part.
         self._vectors = {f"optimizer/{name}": (strategy, array) for name, array in optimizer.state.items()}
         if average is not None:
@@ -93,13 +94,15 @@ class Session:
         flats |= {name: strategy.whole(array) for name, (strategy, array) in self._vectors.items()}
         if self.best is not None:
             flats["best"] = self.strategy.whole(self.best)
+        carried = self._exchange.carried()
+        flats |= {f"sync/{name}": flat for name, flat in carried.items()}
         arrays = {f"{group}/{name}": view for group, flat in flats.items()
                   for name, view in layout.views(flat).items()}
         progress = asdict(self.progress)
         best = {"step": self.progress.best_step, "value": self.progress.best_value, "val": self.progress.best_val}
         from hpcmlp.run import checkpoint  # what the first step does not need is imported after it
         return checkpoint.State({**meta, "step": self.progress.step, "progress": progress, "best": best,
-                                 "has_best": self.best is not None}, arrays)
+                                 "has_best": self.best is not None, "carried": sorted(carried)}, arrays)
 
     def restore(self, run_dir: str, check: Any) -> tuple[bool, list[str]]:
         """Take up the newest good checkpoint of `run_dir`.
@@ -133,14 +136,14 @@ class Session:
         self.strategy.ops.from_host(self._give_out(state, "params"), self.network.params)
         for name, (strategy, array) in self._vectors.items():
             array[...] = strategy.owned(self._give_out(state, name))
-        if self.local is not None:
-            self.local.load()
         if values["has_best"]:
             self.keep_best(self._give_out(state, "best"))
+        self._exchange.take_up({name: self._give_out(state, f"sync/{name}") for name in values.get("carried", ())})
         return True, notes
 
     def _check_arrays(self, state: "checkpoint.State") -> None:
         groups = ["params", *self._vectors, *["best"] * state.meta["has_best"]]
+        groups += [f"sync/{name}" for name in state.meta.get("carried", ())]
         for group in groups:
             try:
                 self.network.layout.pack(state.group(group))

@@ -27,6 +27,7 @@ from hpcmlp.comm.wire import make_format
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.sync.control import LOSS, NOT_FINITE, ROWS, WEIGHT, ControlWords
 from hpcmlp.sync.step import Step, StepResult
+from hpcmlp.sync.strategy import WholeUpdate
 
 DILOCO = {"lr": 0.7, "momentum": 0.9}  # of its outer optimizer
 PIECE = 1 << 18  # elements of state that are averaged at a time
@@ -117,7 +118,7 @@ class LocalStep(Step):
         self._weight = np.zeros(1, np.float64)
         # Of this process, for statistics.
         self._totals = dict.fromkeys(("rounds", "steps", "lost_steps", "left_out", "measured", "drift", "align"), 0.0)
-        self.load()
+        self.take_up({})
 
     # ---- a step
 
@@ -303,12 +304,13 @@ class LocalStep(Step):
     def statistics(self, wire: str) -> dict[str, Any]:
         """Return what this process has counted: rounds, drift (mean over the measured rounds), bytes a step. Local.
 
-        Bytes are those that the ring sends, mean over the ranks, gradients as `wire`; ranks that share memory read as
-        many from their neighbours'.
+        Bytes are those that the ring sends as `wire`, mean over the ranks; ranks that share memory read as many from
+        their neighbours'.
         """
         t, elements, size = self._totals, self.outer.params.shape[0], self.outer.size
-        narrow = 4 * elements if wire == "float32" else make_format(wire, elements).num_bytes(elements)
-        exchange = (narrow + 4 * elements) * (size - 1) / size
+        narrow = 4 * elements if wire == "float32" else make_format(wire, 1).num_bytes(elements)
+        back = 4 * elements if isinstance(self.outer, WholeUpdate) else narrow
+        exchange = (narrow + back) * (size - 1) / size
         counts = {name: int(t[name]) for name in ("rounds", "steps", "lost_steps", "left_out")}
         means = {name: t[name] / t["measured"] if t["measured"] else None for name in ("drift", "align")}
         return {**counts, **means, "bytes_per_step_synchronous": exchange,
@@ -320,9 +322,15 @@ class LocalStep(Step):
         """Return the checksum of what must be the same on all ranks: the anchor. Local."""
         return self.ops.checksum(self.outer.params)
 
-    def load(self) -> None:
-        """Take this rank's parameters, just restored and the same on all ranks, as the anchor. Local."""
+    def carried(self) -> dict[str, np.ndarray]:
+        """Return what the exchanges still owe, as `sync.strategy.SlicedUpdate.carried` does. Collective."""
+        return self.outer.carried()
+
+    def take_up(self, carried: dict[str, np.ndarray]) -> None:
+        """Begin a round where this rank's parameters are, the same on all ranks, and with `carried`. Local."""
         self.outer.params[...] = self.strategy.params
+        self.outer.take_up(carried)
+        self.strategy.params[...] = self.outer.params
 
     def outer_state(self) -> dict[str, tuple[Any, Any]]:
         """Return the outer optimizer's vectors by name, each with the strategy that makes it whole. Local."""

@@ -99,8 +99,8 @@ def test_a_checkpoint_opens_on_any_number_of_ranks(flowers, hpcmlp, tmp_path):
     assert summary(tmp_path / "run")["steps"] == 138 and summary(tmp_path / "run")["test"]["accuracy"] > 0.8
 
 
-@pytest.mark.parametrize("extra", [("--full-update",), ("--sync", "native"), ("--sync", "ring"), ("--wire", "int8"),
-                                   ("--clip-norm", 0.5), ("--accumulate", 3), ("--optimizer", "lamb"),
+@pytest.mark.parametrize("extra", [("--full-update",), ("--sync", "native"), ("--wire", "int8", "--sync", "ring"),
+                                   ("--clip-norm", 0.5, "--accumulate", 3, "--optimizer", "lamb"),
                                    ("--outer-optimizer", "nesterov", "--outer-momentum", 0, "--outer-lr", 1),
                                    ("--local-steps", 1, "--outer-optimizer", "nesterov")])
 def test_it_goes_with_other_options(flowers, hpcmlp, tmp_path, extra):
