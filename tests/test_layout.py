@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "hpcmlp"
 
 # Left may not import right. Folders that share a place do not import each other.
-LAYERS = [("errors",), ("launch",), ("ops",), ("nn", "comm", "data"), ("sync",), ("run",), ("programs",), ("cli",),
-          ("__main__",)]
+LAYERS = [("errors",), ("node_memory",), ("launch",), ("ops",), ("nn", "comm", "data"), ("sync",), ("run",),
+          ("programs",), ("cli",), ("__main__",)]
 # Within a folder a module imports only what stands before it; the folder's own name is its __init__.
 INSIDE = {
     "ops": "counter activations losses plain blocked _fused host device ops",
