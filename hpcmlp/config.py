@@ -149,9 +149,9 @@ class TrainConfig:
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
                        "nodes), ring, or native (the MPI library's own); auto: shared where ranks share a node")
-    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in; what is rounded away "
-                       "is added to the next step's gradient; all but float32 need --sync ring or auto, which then "
-                       "is the ring")
+    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients and parameters in, "
+                       "between nodes (auto, shared) or between all ranks (ring); what is rounded away is in the next message; "
+                       "not with --sync native")
     full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
                                "form, for comparison)")
     local_steps: int = option(1, low=1, metavar="K", help="steps that every rank takes by itself, on its share of the "
@@ -233,7 +233,7 @@ class BenchConfig:
     global_batch_size: int = option(128, low=1, help="samples of one step over all ranks")
     steps: int = option(200, low=5, help="timed steps")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined")
-    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in (bench step)")
+    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends (bench step)")
     optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     json: bool = option(False, help="print one JSON object and nothing else")

@@ -19,9 +19,9 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
+from hpcmlp.sync import make_strategy
 from hpcmlp.sync.buckets import cut
 from hpcmlp.sync.step import Step
-from hpcmlp.sync.strategy import make_strategy
 
 ROWS = 8192  # made-up samples a rank draws its batches from
 BUCKET_ELEMENTS = 1 << 23

@@ -29,9 +29,9 @@ from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, open_dataset, replica_error, versions
 from hpcmlp.run.session import Session
 from hpcmlp.run.signals import StopFlag
+from hpcmlp.sync import make_strategy
 from hpcmlp.sync.buckets import cut
 from hpcmlp.sync.step import Step, StepResult
-from hpcmlp.sync.strategy import make_strategy
 
 # Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
 # (but for its rounding).
@@ -175,6 +175,8 @@ class Training:
         owners = 1 if self.config.full_update or self.local else t.size
         # params, grads, moments, best; with local steps also where the ranks last met, and its momentum
         vectors = flat * (2 + moments / owners + (self.manifest.rows("val") > 0) + 2 * self.local)
+        if self.config.wire != "float32" and t.size > 1:
+            vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
         rows = -(-self.loader.local_rows_max // self.config.accumulate)
         needed = int(vectors + 8 * rows * sum(sizes))
         available = available_bytes()

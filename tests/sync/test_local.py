@@ -10,10 +10,10 @@ from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import Average, make_optimizer
 from hpcmlp.ops.device import DeviceOps
 from hpcmlp.ops.host import HostOps
+from hpcmlp.sync import make_strategy
 from hpcmlp.sync.buckets import cut
 from hpcmlp.sync.local import LocalStep
 from hpcmlp.sync.step import Step
-from hpcmlp.sync.strategy import make_strategy
 
 SPEC = NetworkSpec((5, 9, 3), "tanh")
 ROWS = 23
