@@ -154,6 +154,14 @@ class TrainConfig:
                        "not with --sync native")
     full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
                                "form, for comparison)")
+    local_steps: int = option(1, low=1, metavar="K", help="steps that every rank takes by itself, on its share of the "
+                              "global batches, before all meet and average their parameters; 1: every step is one of "
+                              "all ranks. For slow networks: a round sends what one step sends")
+    outer_optimizer: str = option("none", choices=("none", "nesterov"), help="where ranks meet: none averages, "
+                                  "nesterov takes what the mean has moved as the gradient of an outer SGD (DiLoCo)")
+    outer_lr: float | None = option(None, kind=float, above=0.0, help="learning rate of the outer optimizer (default: "
+                                    "0.7)")
+    outer_momentum: float | None = option(None, kind=float, low=0.0, below=1.0, help="its momentum (default: 0.9)")
     bucket_mb: float = option(32.0, above=0.0, help="size of a bucket of gradients, MiB")
     memory_limit: float | None = option(None, kind=float, above=0.0, help="memory for the samples of one rank, MiB; "
                                         "larger sets are streamed", metavar="MIB")
