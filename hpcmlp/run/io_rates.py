@@ -65,12 +65,12 @@ class IoRates:
         rows = [self._timed("gather", lambda: self._gather(self._loader))]
         self._loader.close()
         self._loader = None     # gives its memory back before the shards are read again
-        samples = [allocate(count, self.manifest) for count in self._counts]
+        arrays = [allocate(count, self.manifest) for count in self._counts]
         rows += [self._timed("open", lambda: self._read(None), cold=True),
-                 self._timed("read", lambda: self._read(samples), cold=True),
-                 self._timed("read", lambda: self._read(samples)),
+                 self._timed("read", lambda: self._read(arrays), cold=True),
+                 self._timed("read", lambda: self._read(arrays)),
                  self._timed("verify sha256", lambda: self._read(None, verify=True))]
-        del samples
+        arrays.clear()
         for cold in (True, False):
             with agreed(self.topology.comm):
                 loader = self._open_loader(self.memory_limit)

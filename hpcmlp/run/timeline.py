@@ -147,8 +147,9 @@ def draw(ranks: list[RankSpans], out: str | os.PathLike) -> str | None:
         # inner events come after outer ones and are painted over them
         for rows, low, high in ((spans, -0.4, 0.25), (behind, 0.27, 0.4)):
             for kind, bars in _runs(rows, "behind" if rows is behind else None):
-                axes.broken_barh([((begin - zero) / 1e3, (end - begin) / 1e3) for begin, end in bars], (number + low, high - low),
-                                 color=COLORS[kind], label=None if kind in labelled else kind)
+                places = [((begin - zero) / 1e3, (end - begin) / 1e3) for begin, end in bars]
+                axes.broken_barh(places, (number + low, high - low), color=COLORS[kind],
+                                 label=None if kind in labelled else kind)
                 labelled.add(kind)
         for step in (span for span in spans if span.name == "step"):
             axes.vlines((step.begin_ns - zero) / 1e3, number - 0.45, number + 0.45, color="k", linewidth=0.8)

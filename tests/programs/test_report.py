@@ -99,8 +99,9 @@ def write_trace(run, tail=""):
     for pid, wait in ((0, 30), (1, 10)):
         for step in (1, 2):
             at = 100 * step + 0.001     # not representable: the sum with 100.0 rounds
-            for name, begin, us in (("step", 0, 100), ("input", 0, 5), ("gather rows", 5, 5), ("forward layer 0", 10, 20),
-                                    ("backward layer 0", 30, 10), ("reduce", 40, 40), ("reduce bucket 0", 41, 38),
+            for name, begin, us in (("step", 0, 100), ("input", 0, 5), ("gather rows", 5, 5),
+                                    ("forward layer 0", 10, 20), ("backward layer 0", 30, 10),
+                                    ("reduce", 40, 40), ("reduce bucket 0", 41, 38),
                                     ("wait", 45, wait), ("update", 80, 10)):
                 events.append({"name": name, "ph": "X", "pid": pid, "tid": 0, "ts": at + begin, "dur": us,
                                "args": {"step": step}})
