@@ -201,8 +201,11 @@ class Shared:
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
         """Replace `array` by its sum over the ranks, with the same bits on all of them. Collective over the ranks."""
-        if self._find(array) is None and array.nbytes <= STAGE_BYTES and words is None:
-            self._all_reduce_small(array)
+        if self._find(array) is None:
+            if array.nbytes <= STAGE_BYTES and words is None:
+                self._all_reduce_small(array)
+            else:
+                self._on_ring().all_reduce(array, words)
             return
         bounds = [array.size * part // self.size for part in range(self.size + 1)]
         self.reduce_scatter(array, bounds, words)
