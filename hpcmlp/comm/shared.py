@@ -9,8 +9,9 @@ Part p of the bounds belongs to the rank with local_rank * num_nodes + cross_ran
 rank is one contiguous run of parts. A sum begins with its owner's own numbers and goes on in the
 order of the local ranks, then around the ring: the same bits in every run, and on all ranks.
 
-Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter; nothing is sent. Memory order:
-each phase ends with Win.Sync and a barrier (MPI-4.1 section 12.5.4, separate accesses by load and store).
+Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter; nothing is sent. Between N nodes
+of L ranks each rank sends (N-1)/N n/L in each half. Memory order: each phase ends with Win.Sync and a barrier (MPI-4.1
+section 12.5.4, separate accesses by load and store).
 After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel programming", Computing 95 (2013).
 """
 
