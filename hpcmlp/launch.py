@@ -23,6 +23,9 @@ LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_
 # What MPI_Init takes of /dev/shm for each rank of a node: 1.05 MB for MPICH's queues, 0.04 for UCX's. With less it
 # ends in a bus error (MPICH 5.0.2).
 MPICH_BYTES_PER_RANK = 1_100_000
+# UCX, under MPICH, takes 4.2 MB more for each rank where they are to be had and crashes where they are so for some
+# ranks only (17 to 24 MB free for 3 ranks). MPICH has shared memory of its own, so UCX does without where it is scarce.
+UCX_BYTES_PER_RANK, UCX_BYTES = 10_000_000, 30_000_000
 LAUNCHER_PROCESSES = ("hydra_pmi_proxy", "hydra_bstrap_pr", "mpiexec", "mpirun", "orted", "prted", "prterun",
                       "slurmstepd", "palsd", "pmi_proxy")
 SLURM_INTERACTIVE_STEPS = ("4294967290", "4294967291")   # the shell of an allocation, the batch script: no ranks
@@ -72,7 +75,7 @@ def open_world() -> World:
         raise ConfigError(size_mismatch(expected, variable, 1, _library(MPI)))
     if not MPI.Is_initialized():
         if _library(MPI).startswith("MPICH"):
-            _require_node_memory(_local_size(os.environ) or 1)
+            _fit_node_memory(_local_size(os.environ) or 1)
         MPI.Init_thread(MPI.THREAD_MULTIPLE if crowded else MPI.THREAD_SERIALIZED)
     comm = MPI.COMM_WORLD
     if expected is not None and expected != comm.size:
@@ -96,8 +99,7 @@ def end_unstarted(code: int, say: Any) -> NoReturn:
     Local: for what only some nodes find. The ranks of the others wait inside MPI_Init, and MPICH's launcher would let
     them wait although ranks have left, so it is told as MPI_Abort tells it (PMI-1's abort).
     """
-    first = next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), "0") == "0"
-    if not first:
+    if not _first_of_node(os.environ):
         import time
         time.sleep(2.0)     # ended by the first of the node, unless that one did not find what we found
     say()
@@ -280,10 +282,20 @@ def _local_size(environ: dict[str, str]) -> int | None:
     return int(sizes[0]) if sizes and sizes[0].isdigit() else None
 
 
-def _require_node_memory(ranks: int) -> None:
-    """Raise Unavailable when MPICH could not start `ranks` ranks on this node for want of shared memory."""
+def _first_of_node(environ: dict[str, str]) -> bool:
+    """Return whether the launcher counts this rank as the first of its node."""
+    return next((environ[name] for name in LOCAL_RANK_VARIABLES if name in environ), "0") == "0"
+
+
+def _fit_node_memory(ranks: int) -> None:
+    """Let MPICH do with what shared memory this node has; raise Unavailable when `ranks` ranks could not start."""
     free, needed = node_memory.free_bytes(), ranks * MPICH_BYTES_PER_RANK
-    if free < needed and not any(name.startswith("MPIR_CVAR_CH4_SHM_POSIX_IQUEUE") for name in os.environ):
+    if free < UCX_BYTES + ranks * UCX_BYTES_PER_RANK:
+        os.environ.setdefault("UCX_TLS", "^sm")
+    if any(name.startswith("MPIR_CVAR_CH4_SHM_POSIX_IQUEUE") for name in os.environ):
+        return
+    # It is the first rank of a node that makes the queues; others may come here when some of the memory is in use.
+    if (free < needed) if _first_of_node(os.environ) else not node_memory.writable():
         raise Unavailable(f"{os.uname().nodename}: MPICH needs {needed / 1e6:.1f} MB of shared memory for {ranks} "
                           f"rank{'s' * (ranks > 1)}, and /dev/shm has {free / 1e6:.1f} MB free; {node_memory.advice()}.")
 

@@ -17,14 +17,19 @@ def free_bytes(folder: str = FOLDER) -> int:
         disk = os.statvfs(folder)
     except OSError:
         return 0
-    return disk.f_bavail * disk.f_frsize if os.access(folder, os.W_OK | os.X_OK) else 0
+    return disk.f_bavail * disk.f_frsize if writable(folder) else 0
+
+
+def writable(folder: str = FOLDER) -> bool:
+    """Return whether files can be made there at all. Local."""
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def advice(folder: str = FOLDER) -> str:
     """Return what to do about too little of it: the end of a sentence, naming what ended jobs left there. Local."""
     if not os.path.isdir(folder):
         return f"there is no {folder}: mount a tmpfs there"
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not writable(folder):
         return f"{folder} cannot be written: mount it so that it can"
     own, others = leftovers(folder)
     cure = f"make it larger (of a container: --shm-size; else: mount -o remount,size=... {folder})"

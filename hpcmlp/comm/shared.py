@@ -9,8 +9,9 @@ Part p of the bounds belongs to the rank with local_rank * num_nodes + cross_ran
 rank is one contiguous run of parts. A sum begins with its owner's own numbers and goes on in the
 order of the local ranks, then around the ring: the same bits in every run, and on all ranks.
 
-Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter; nothing is sent. Memory order:
-each phase ends with Win.Sync and a barrier (MPI-4.1 section 12.5.4, separate accesses by load and store).
+Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter; nothing is sent. Between N nodes
+of L ranks each rank sends (N-1)/N n/L in each half. Memory order: each phase ends with Win.Sync and a barrier (MPI-4.1
+section 12.5.4, separate accesses by load and store).
 After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel programming", Computing 95 (2013).
 """
 
@@ -200,8 +201,11 @@ class Shared:
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
         """Replace `array` by its sum over the ranks, with the same bits on all of them. Collective over the ranks."""
-        if self._find(array) is None and array.nbytes <= STAGE_BYTES and words is None:
-            self._all_reduce_small(array)
+        if self._find(array) is None:
+            if array.nbytes <= STAGE_BYTES and words is None:
+                self._all_reduce_small(array)
+            else:
+                self._on_ring().all_reduce(array, words)
             return
         bounds = [array.size * part // self.size for part in range(self.size + 1)]
         self.reduce_scatter(array, bounds, words)

@@ -84,6 +84,13 @@ def test_what_mpich_cannot_start_in_is_said_before_it_dies(hpcmlp, small_shm, tm
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.skipif(not MPICH, reason="a fault of UCX under MPICH")
+def test_ucx_does_without_what_would_do_for_some_ranks_only(run_ranks, small_shm):
+    done = run_ranks(3, "-c", "from hpcmlp import launch; launch.open_world().comm.Barrier(); print('right')",
+                     within=small_shm("size=18m"))
+    assert done.returncode == 0 and done.stdout.count("right") == 3, done.stdout + done.stderr
+
+
 @pytest.mark.skipif(not MPICH, reason="Open MPI starts without")
 def test_one_node_that_cannot_start_ends_the_job_of_all(run_ranks, tmp_path):
     """Rank 1 plays a node of its own, on which /dev/shm is too small; the others wait for it inside MPI_Init."""
