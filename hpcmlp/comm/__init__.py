@@ -81,13 +81,15 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     check_wire(name, wire)
     note = ""
     if name == "shared" or (name == "auto" and topology.size > topology.num_nodes):
-        narrow = wire if topology.num_nodes > 1 else "float32"
+        narrow, shared = wire if topology.num_nodes > 1 else "float32", None
         try:
             shared = Shared(topology, partial(make_ring, wire=narrow))
             return Exchange("shared", shared, *_vectors(shared, size, dtype, own_params), narrow,
                             "" if narrow == wire else _idle(wire, "all ranks share one node"))
         except SharedUnavailable as why:
             note = f"sync ring instead of shared: {why}"
+        if shared is not None:
+            shared.free()       # it may hold one of the two vectors
     name = "ring" if name in ("auto", "shared") else name
     if topology.size == 1 and wire != "float32":
         note, wire = _idle(wire, "there is one rank"), "float32"
