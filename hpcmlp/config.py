@@ -149,11 +149,19 @@ class TrainConfig:
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
                        "nodes), ring, or native (the MPI library's own); auto: shared where ranks share a node")
-    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in; what is rounded away "
-                       "is added to the next step's gradient; all but float32 need --sync ring or auto, which then "
-                       "is the ring")
+    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients and parameters in, "
+                       "between nodes (auto, shared) or between all ranks (ring); what is rounded away is in the next message; "
+                       "not with --sync native")
     full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
                                "form, for comparison)")
+    local_steps: int = option(1, low=1, metavar="K", help="steps that every rank takes by itself, on its share of the "
+                              "global batches, before all meet and average their parameters; 1: every step is one of "
+                              "all ranks. For slow networks: a round sends what one step sends")
+    outer_optimizer: str = option("none", choices=("none", "nesterov"), help="where ranks meet: none averages, "
+                                  "nesterov takes what the mean has moved as the gradient of an outer SGD (DiLoCo)")
+    outer_lr: float | None = option(None, kind=float, above=0.0, help="learning rate of the outer optimizer (default: "
+                                    "0.7)")
+    outer_momentum: float | None = option(None, kind=float, low=0.0, below=1.0, help="its momentum (default: 0.9)")
     bucket_mb: float = option(32.0, above=0.0, help="size of a bucket of gradients, MiB")
     memory_limit: float | None = option(None, kind=float, above=0.0, help="memory for the samples of one rank, MiB; "
                                         "larger sets are streamed", metavar="MIB")
@@ -229,7 +237,7 @@ class BenchConfig:
     global_batch_size: int = option(128, low=1, help="samples of one step over all ranks (step, gemm, io)")
     steps: int = option(200, low=5, help="timed steps; of comm the most calls per size, of io batches per stage")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined (step)")
-    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in (step)")
+    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends (step)")
     optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule (step)")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs (step)")
     data: str | None = option(None, help="data set directory made by prepare (io)", metavar="DIR")

@@ -19,9 +19,9 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
+from hpcmlp.sync import make_strategy
 from hpcmlp.sync.buckets import cut
 from hpcmlp.sync.step import Step
-from hpcmlp.sync.strategy import SlicedUpdate
 
 ROWS = 8192  # made-up samples a rank draws its batches from
 BUCKET_ELEMENTS = 1 << 23
@@ -72,8 +72,9 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
                       exchange.grads if on_host else None)
     ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
-    strategy = SlicedUpdate(exchange.collective, cut(layout.size, spec.layer_starts(), BUCKET_ELEMENTS, size), size,
-                            network.params, network.grads, ops)
+    buckets = cut(layout.size, spec.layer_starts(), BUCKET_ELEMENTS, size)
+    strategy = make_strategy(False, exchange.collective.narrow)(exchange.collective, buckets, size, network.params,
+                                                                network.grads, ops)
     optimizer = make_optimizer(config.optimizer, ops, layout, strategy.ranges, np.float32)
     step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows)
     batches = _batches(spec.sizes, rows, rank)
@@ -94,7 +95,7 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
         step_ms.append(_median(topology, whole_step, max(1, config.steps // 5)))
         floor_ms.append(_median(topology, gemms, max(1, config.steps // 5)))
     return {"what": "step", "sizes": list(spec.sizes), "global_batch_size": batch_rows, "ranks": size,
-            "sync": exchange.name, "wire": config.wire,
+            "sync": exchange.name, "wire": exchange.wire,
             "step_ms": statistics.median(step_ms), "floor_ms": statistics.median(floor_ms),
             "parts": {name: 1e3 * statistics.median(values) for name, values in parts.items()},
             "num_params": layout.num_params}
