@@ -10,7 +10,7 @@ from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
 
-COLLECTIVES = ("ring", "shared", "native")
+COLLECTIVES = ("ring", "shared", "native")    # those that need no further choice
 
 
 def make_collective(name: str, topology: Topology) -> Any:
@@ -66,14 +66,18 @@ def check_wire(sync: str, wire: str) -> None:
 
 
 def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False,
-                  wire: str = "float32") -> Exchange:
+                  wire: str = "float32", servers: int = 1) -> Exchange:
     """Return collectives and zeroed flat vectors of `size` elements.
 
     Collective over `topology.comm`. `name` may be "auto": node memory where several ranks share a node, else the ring.
     Where node memory is not to be had the ring is taken, and `note` says why. A `wire` other than "float32" makes
-    "auto" the ring; raises ConfigError where it cannot take effect.
+    "auto" the ring; raises ConfigError where it cannot take effect. `servers` counts for "server" alone.
     """
     check_wire(name, wire)
+    if name == "server":
+        from hpcmlp.comm.served import Served  # few runs want it
+        collective = Served(topology.comm, servers)
+        return Exchange(name, collective, *_vectors(collective, size, dtype, own_params))
     note = ""
     if wire != "float32":
         name = "ring"

@@ -33,6 +33,11 @@ def main(config: BenchConfig, comm: Any) -> int:
     with agreed(comm):
         if config.what == "step":
             check_wire(config.sync, config.wire)
+            if config.servers is not None and (config.sync != "server" or config.servers > comm.size):
+                raise ConfigError(f"--servers {config.servers} belongs to --sync server with at least as many ranks.")
+        elif config.sync == "server" or config.servers is not None:
+            raise ConfigError(f"--sync server and --servers have no effect with bench {config.what}; they belong to "
+                              "bench step.")
         elif config.wire != "float32":
             raise ConfigError(f"--wire has no effect with bench {config.what}; it belongs to bench step.")
     topology = Topology(comm)
@@ -49,19 +54,28 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     Collective.
     """
     rank, size, batch_rows = topology.rank, topology.size, config.global_batch_size
-    rows = (rank + 1) * batch_rows // size - rank * batch_rows // size
+    roles = None
+    if config.sync == "server":
+        from hpcmlp.comm.served import Roles
+        roles = Roles(config.servers or 1, size)
+    number, count = (rank, size) if roles is None else roles.share(rank) or (0, batch_rows + 1)
+    rows = (number + 1) * batch_rows // count - number * batch_rows // count
     if len(config.sizes) < 2:
         raise ConfigError(f"--sizes {config.sizes}: give at least two widths, input and output.")
     ops = open_ops(config.device, topology.local_rank)
     spec = NetworkSpec(tuple(config.sizes))
     layout = spec.layout()
-    exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire)
+    exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire,
+                             servers=config.servers or 1)
     on_host = config.device == "cpu"
     network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
                       exchange.grads if on_host else None)
     ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
-    strategy = SlicedUpdate(exchange.collective, cut(layout.size, spec.layer_starts(), BUCKET_ELEMENTS, size), size,
-                            network.params, network.grads, ops)
+    buckets = cut(layout.size, spec.layer_starts(), BUCKET_ELEMENTS, size)
+    if roles is not None:
+        from hpcmlp.sync.server import one_bucket
+        buckets = one_bucket(layout.size, roles)
+    strategy = SlicedUpdate(exchange.collective, buckets, size, network.params, network.grads, ops)
     optimizer = make_optimizer(config.optimizer, ops, layout, strategy.ranges, np.float32)
     step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows)
     batches = _batches(spec.sizes, rows, rank)

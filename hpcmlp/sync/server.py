@@ -117,6 +117,42 @@ def describe_slices(length: int, roles: Roles, moments: int, version: int, stale
     return {"servers": roles.servers, "workers": list(roles.workers), "staleness": staleness, "slices": slices}
 
 
+def in_step_report(collective: Any, steps: int) -> dict[str, Any]:
+    """Return what `Apart.report` returns, for a `Served` collective that has done `steps` steps since. Local.
+
+    The bytes are those of rank 0, a server; the collective counts anew.
+    """
+    workers = len(collective.roles.workers)
+    report = {"staleness": {"0": workers * steps} if steps else {}, "workers": [],
+              "bytes_pushed": collective.bytes_received, "bytes_pulled": collective.bytes_sent}
+    collective.bytes_sent = collective.bytes_received = 0
+    return report
+
+
+def report_line(report: dict[str, Any]) -> str:
+    """Return the console's line of a report. Local."""
+    pushes = sum(report["staleness"].values()) or 1
+    shares = " ".join(f"{k}: {100 * count / pushes:.0f} %" for k, count in report["staleness"].items())
+    waits = "  ".join(f"rank {w['rank']} {w['pushes']} pushes, waited {w['wait_s']:.1f} s" for w in report["workers"])
+    return (f"  servers  staleness {shares or '-'}  {waits}{'  ' if waits else ''}"
+            f"{report['bytes_pushed'] / 2**20:,.1f} MiB pushed, {report['bytes_pulled'] / 2**20:,.1f} MiB pulled")
+
+
+def add_reports(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sum of several reports. Local."""
+    total: dict[str, Any] = {"staleness": {}, "workers": {}, "bytes_pushed": 0, "bytes_pulled": 0}
+    for report in reports:
+        for key, count in report["staleness"].items():
+            total["staleness"][key] = total["staleness"].get(key, 0) + count
+        for worker in report["workers"]:
+            kept = total["workers"].setdefault(worker["rank"], dict.fromkeys(worker, 0) | {"rank": worker["rank"]})
+            kept |= {name: kept[name] + worker[name] for name in ("pushes", "compute_s", "wait_s")}
+        for name in ("bytes_pushed", "bytes_pulled"):
+            total[name] += report[name]
+    return total | {"workers": [total["workers"][rank] for rank in sorted(total["workers"])],
+                    "staleness": {k: total["staleness"][k] for k in sorted(total["staleness"], key=int)}}
+
+
 class Idle:
     """The loader of a dedicated server: it knows the steps of an epoch and has no samples. Local."""
 
