@@ -419,11 +419,15 @@ class Training:
         def strike(number: int) -> bool:
             return fault is not None and fault.strike(number, self.network.params)
 
+        def tell(number: int, sentence: str) -> None:
+            self.console.line(f"warning: {sentence}")
+            self._log({"kind": "event", "event": "lost", "step": number, "reason": sentence})
+
         while progress.step < self.total_steps:
             begin, start = time.perf_counter(), progress.step
             stop = min(self.total_steps, *(start // n * n + n for n in (every, self.steps_per_epoch)))
             came = self.apart.run(start, stop, wants_stop=lambda: flag.poll(2 * self._save_s), strike=strike,
-                                  on_step=account)
+                                  on_step=account, on_loss=tell)
             if came is None:
                 while True:     # This worker has left: the others go on, and one of them ends the job.
                     time.sleep(1.0)
@@ -453,10 +457,6 @@ class Training:
         """Make the survivors a world of their own. Collective over the survivors."""
         from hpcmlp.comm.served import Roles, Served
         self.lost = True
-        for sentence in self.apart.gone:
-            self.console.line(f"warning: {sentence}")
-            self._log({"kind": "event", "event": "lost", "step": self.session.progress.step, "reason": sentence})
-        self.apart.gone.clear()
         group = self.comm.group.Incl(self.apart.survivors(lost))
         self.comm = self.session.comm = self.comm.Create_group(group, LOST_TAG)
         self.topology = Topology(self.comm)
@@ -680,8 +680,8 @@ class Training:
         if self.roles is None:
             return {}
         from hpcmlp.sync.server import add_reports
-        return {"server": {"servers": self.roles.servers, "workers": len(self.roles.workers),
-                           "staleness_bound": self.config.staleness or "0", **add_reports(self.served)}}
+        return {"server": {"servers": self.roles.servers, "staleness_bound": self.config.staleness or "0",
+                           **add_reports(self.served)}}
 
 
 def _listed(values: dict[str, Any]) -> dict[str, Any]:

@@ -248,7 +248,6 @@ class Apart:
         self.staleness, self.staleness_lr, self.learning_rate = staleness, staleness_lr, learning_rate
         self.slots = len(roles.workers)
         self.ledger = Ledger(self.slots, staleness, timeout_s)
-        self.gone: list[str] = []       # what server 0 tells of lost workers, a sentence each
         self._ranks = list(roles.workers)
         self._old: list[Post] = []
         self._open(comm, roles)
@@ -267,7 +266,8 @@ class Apart:
         self._open(comm, roles)
 
     def run(self, start: int, stop: int, *, wants_stop: Callable[[], bool], strike: Callable[[int], bool],
-            on_step: Callable[[int, StepResult, float], None]) -> Stretch | None:
+            on_step: Callable[[int, StepResult, float], None],
+            on_loss: Callable[[int, str], None]) -> Stretch | None:
         """Do the steps `start` .. `stop` - 1, fewer when a stop is asked for or no worker is left.
 
         Collective, but for workers that are lost. Afterwards the servers' slices are at one version; `strategy.share`
@@ -278,6 +278,7 @@ class Apart:
         wants_stop : whether this rank asks all to stop.
         strike : called with the step of each task on the worker that has it; True: this worker leaves.
         on_step : called on server 0 with (step, result, seconds since the one before); workers' seconds are means.
+        on_loss : called on server 0 with (step, sentence) as soon as a worker is dropped.
 
         Returns
         -------
@@ -286,7 +287,8 @@ class Apart:
         if self.tasks is not None:
             return self._work(wants_stop, strike)
         if self.rank == 0:
-            return self._lead(start, stop, wants_stop, on_step)
+            self._on_step, self._on_loss = on_step, on_loss
+            return self._lead(start, stop, wants_stop)
         return self._follow(start)
 
     # ---- workers
@@ -333,13 +335,12 @@ class Apart:
 
     # ---- server 0
 
-    def _lead(self, start: int, stop: int, wants_stop: Callable[[], bool],
-              on_step: Callable[[int, StepResult, float], None]) -> Stretch:
+    def _lead(self, start: int, stop: int, wants_stop: Callable[[], bool]) -> Stretch:
         """Serve until every step is done, or all workers are lost."""
         ledger = self.ledger
         ledger.begin(start, stop, time.monotonic())
         found = self._found = Stretch(version=start)
-        self._on_step, self._since = on_step, time.perf_counter()
+        self._since = time.perf_counter()
         self._begin(start)
         while ledger.alive and not ledger.done:
             for worker in self.post.arrived(GIVE_UP_S):
@@ -414,9 +415,9 @@ class Apart:
         self.post.forget(worker)
         self._found.lost.append(self.roles.workers[worker])
         left = len(self.ledger.alive)
-        self.gone.append(f"rank {self._ranks[worker]} {why} and is lost; "
-                         + (f"task {task} goes to another worker, " if task is not None else "")
-                         + f"{left} worker{'s' * (left != 1)} left")
+        passed_on = f"its task {task} goes to the next that asks" if task is not None else "it had no task"
+        self._on_loss(self.ledger.version, f"rank {self._ranks[worker]} {why} and is lost; {passed_on}, {left} "
+                                           f"worker{'s' * (left != 1)} left")
         self._add_what_may_be()
         for other in self.ledger.waiting():
             self._give(other)
