@@ -416,8 +416,11 @@ class Training:
         def account(number: int, result: StepResult, step_s: float) -> None:
             self._account(result, number, number // self.steps_per_epoch, 0.0, step_s, (number + 1) % c.log_every == 0)
 
-        def strike(number: int) -> bool:
-            return fault is not None and fault.strike(number, self.network.params)
+        def strike(first: int, last: int) -> bool:
+            if fault is None:
+                return False
+            due = fault.step if fault.step is not None and first <= fault.step <= last else last
+            return fault.strike(due, self.network.params)
 
         def tell(number: int, sentence: str) -> None:
             self.console.line(f"warning: {sentence}")

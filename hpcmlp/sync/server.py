@@ -153,6 +153,19 @@ def add_reports(reports: list[dict[str, Any]]) -> dict[str, Any]:
                     "staleness": {k: total["staleness"][k] for k in sorted(total["staleness"], key=int)}}
 
 
+def report_table(total: dict[str, Any]) -> list[str]:
+    """Return the histogram of staleness and what each worker did, as lines of text. Local."""
+    pushes = sum(total["staleness"].values()) or 1
+    rows = [(int(key), count) for key, count in total["staleness"].items()]
+    lines = ["  staleness   pushes"]
+    lines += [f"  {key:>9} {count:>8} {'#' * math.ceil(40 * count / pushes)}" for key, count in rows]
+    if total["workers"]:
+        lines.append("  worker      pushes  computed s  waited s")
+        lines += [f"  rank {w['rank']:<4} {w['pushes']:>8} {w['compute_s']:>11.2f} {w['wait_s']:>9.2f}"
+                  for w in total["workers"]]
+    return [*lines, f"  {total['bytes_pushed']:,} bytes pushed, {total['bytes_pulled']:,} pulled"]
+
+
 class Idle:
     """The loader of a dedicated server: it knows the steps of an epoch and has no samples. Local."""
 
@@ -265,7 +278,7 @@ class Apart:
         self.ledger.alive = list(range(len(roles.workers)))
         self._open(comm, roles)
 
-    def run(self, start: int, stop: int, *, wants_stop: Callable[[], bool], strike: Callable[[int], bool],
+    def run(self, start: int, stop: int, *, wants_stop: Callable[[], bool], strike: Callable[[int, int], bool],
             on_step: Callable[[int, StepResult, float], None],
             on_loss: Callable[[int, str], None]) -> Stretch | None:
         """Do the steps `start` .. `stop` - 1, fewer when a stop is asked for or no worker is left.
@@ -276,7 +289,8 @@ class Apart:
         Parameters
         ----------
         wants_stop : whether this rank asks all to stop.
-        strike : called with the step of each task on the worker that has it; True: this worker leaves.
+        strike : called with (first, last) on a worker that has a task of step `last` and had none of the steps before
+            it from `first` on; True: this worker leaves.
         on_step : called on server 0 with (step, result, seconds since the one before); workers' seconds are means.
         on_loss : called on server 0 with (step, sentence) as soon as a worker is dropped.
 
@@ -293,7 +307,7 @@ class Apart:
 
     # ---- workers
 
-    def _work(self, wants_stop: Callable[[], bool], strike: Callable[[int], bool]) -> Stretch | None:
+    def _work(self, wants_stop: Callable[[], bool], strike: Callable[[int, int], bool]) -> Stretch | None:
         """Take tasks until a meeting is called."""
         post, told, last = self.post, self.post.words, None
         told[:] = 0.0
@@ -308,8 +322,7 @@ class Apart:
             task = int(grant[1])
             number = task // self.slots
             # The steps between two tasks of this worker were others' business, but a fault is planned for a step.
-            skipped = range(number if last is None else last + 1, number)
-            if any([strike(step) for step in (*skipped, number)]):
+            if strike(number if last is None else min(last + 1, number), number):
                 told[TASK_WORD] = LEAVE
                 post.push(gradient=False)
                 return None
