@@ -18,6 +18,8 @@ class Native:
     bits on all ranks rest on the library: MPI recommends it and the common ones keep to it.
     """
 
+    narrow = False
+
     def __init__(self, comm: MPI.Intracomm, limit_bytes: int = LIMIT_BYTES):
         self.comm = comm.Dup()
         self.rank = self.part = comm.rank    # part: which part of the bounds this rank gets

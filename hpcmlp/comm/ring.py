@@ -42,6 +42,8 @@ class Ring:
     limit_bytes : no message is larger; for tests.
     """
 
+    narrow = False      # whether float32 arrays are rounded on their way: then there is `gather_towards` and `settle`
+
     def __init__(self, comm: MPI.Intracomm, segment_bytes: int = SEGMENT_BYTES, limit_bytes: int = LIMIT_BYTES):
         self.comm = comm.Dup()
         self.rank = self.part = comm.rank    # part: which part of the bounds this rank gets

@@ -1,39 +1,41 @@
-"""The ring with narrow numbers on the wire: gradients rounded at each hop, and what was rounded away fed back.
+"""The ring with narrow numbers on the wire: both halves rounded, and what was rounded away fed back.
 
-Only the reduce-scatter of float32 arrays is narrow. Hop k as in `ring`: rank r adds its numbers, in float32, to the
-decoded partial sum that came in, and rounds once, when it encodes the new partial sum S for rank r + 1. The last rank
-of a part, its owner, adds without rounding. So each rank rounds each element of all parts but its own once a call.
+Reduce-scatter of float32 arrays: hop k as in `ring`: rank r adds its numbers, in float32, to the decoded partial sum
+that came in, and rounds once, when it encodes the new partial sum S for rank r + 1. The last rank of a part, its owner,
+adds without rounding. So each rank rounds each element of all parts but its own once a call.
 
 Error feedback: what this rank rounded away, S - decode(encode(S)), is kept per element and added to its own numbers of
 the same array in the next call, before it rounds again. That is the error of the whole partial sum, not only of this
 rank's share, so nothing is lost on any hop: over T calls the results add up to the exact sum less the ranks' present
 residuals, and the error of the mean falls as 1/T. (Seide et al., "1-bit stochastic gradient descent", Interspeech
-2014; Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019.) Residuals that are not finite become 0.
-They are this rank's own: no checkpoint holds them, and a run that resumes starts with none. A step that is skipped
-takes the residuals of its own call along.
+2014; Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019.) Residuals that are not finite become 0. A step
+that is skipped takes the residuals of its own call along. Only the sum of the ranks' residuals matters: `settle` gives
+it for a checkpoint and leaves it with the rank before the owner, so that a run that goes on and one that resumes from
+the checkpoint, at the same rank count, hold the same.
 
-The all-gather stays float32: owners' float32 parameters reach all ranks with the same bits, as do control words
-(float64, exact) and float64 arrays.
+`gather_towards` is the narrow second half: the owner of a part holds its master; it sends master - array, encoded, and
+every rank, the owner too, adds the decoded difference to its array. Arrays stay float32 with the same bits on all
+ranks, and what was rounded away is in the next difference: an element is never further from its master than one
+rounding of its last way. (P. Richtarik et al., "EF21", NeurIPS 2021; the sending owner is the server of H. Tang et
+al., "DoubleSqueeze", ICML 2019.)
 
-Cost: bytes of the first half fall to 1/2 (bf16, float16) or about 1/4 (int8); memory grows by the residuals, 4 bytes an
-element, and the messages on their way. Rounding takes time: 16 MiB between two ranks of a node, where memory is the
-wire, took 1.3 ms in float32, 8.5 in bf16, 9.9 in int8, 34 in float16 (2 cores, 2026-11-24). By these figures, not by
-trial, narrow wires gain below about 5 Gbit/s between ranks, float16 below about 1.
+`all_gather` and control words (float64, exact) and float64 arrays stay as in `ring`.
+
+Cost: bytes of both halves fall to 1/2 (bf16, float16) or about 1/4 (int8); memory grows by the residuals, 4 bytes an
+element, and by the messages on their way, 2 times 2 (1) bytes an element.
 """
-
-import math
 
 import numpy as np
 from mpi4py import MPI
 
 from hpcmlp.comm.exact_sum import join, split
-from hpcmlp.comm.messages import LIMIT_BYTES
+from hpcmlp.comm.messages import LIMIT_BYTES, pieces
 from hpcmlp.comm.ring import DATA_TAG, DEPTH, SEGMENT_BYTES, Bounds, Ring, _ReduceScatter
 from hpcmlp.comm.wire import make_format
 
 
 class WireRing(Ring):
-    """The ring whose reduce-scatter of float32 arrays sends numbers of the format `wire`.
+    """The ring that sends float32 arrays in numbers of the format `wire`.
 
     Collective over `comm`, which is duplicated. Residuals are kept per array and bounds, with the array itself, until
     `forget` or `free`: made for arrays that are kept, as a step's gradients are.
@@ -48,9 +50,8 @@ class WireRing(Ring):
     def __init__(self, comm: MPI.Intracomm, wire: str, feedback: bool = True, segment_bytes: int = SEGMENT_BYTES,
                  limit_bytes: int = LIMIT_BYTES):
         super().__init__(comm, segment_bytes, limit_bytes)
-        most = max(1, self.segment_bytes // 4)
-        self.wire, self.feedback = make_format(wire, most), feedback
-        self._decoded = np.empty(most, np.float32)
+        self.narrow = self.size > 1
+        self.wire, self.feedback = make_format(wire, max(1, self.segment_bytes // 4)), feedback
         self._residuals: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
@@ -65,6 +66,46 @@ class WireRing(Ring):
             with np.errstate(over="ignore", invalid="ignore"):  # gradients that are not finite are told by the words
                 plan.run(words)
 
+    def gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> None:
+        """Move every part of `array` towards its owner's `master`, alike on all ranks, by a rounded difference.
+
+        Collective over `comm`.
+
+        Parameters
+        ----------
+        array : float32, contiguous, with the same bits on all ranks before and after.
+        bounds : (size+1,) ascending element offsets, the same on all ranks; parts may be empty.
+        master : float32, contiguous, as long as this rank's part: what it should become.
+        """
+        if self.size == 1:
+            np.copyto(array[int(bounds[0]):int(bounds[1])], master)
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._plan(_NarrowAllGather, array, bounds, 0).run(master)
+
+    def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
+        """Write into `out` what all ranks' reductions of `array` still owe it, and keep that as `put_residual` does.
+
+        Collective over `comm`. `out`, like `array`, becomes the sum of the ranks' residuals, with the same bits on all
+        ranks; it is 0 outside the bounds.
+        """
+        rest = self._residual(array, [int(bound) for bound in bounds])
+        out[...] = 0.0 if rest is None else rest
+        super().reduce_scatter(out, bounds)
+        self.all_gather(out, bounds)
+        self.put_residual(array, bounds, out)
+
+    def put_residual(self, array: np.ndarray, bounds: Bounds, owed: np.ndarray) -> None:
+        """Take from `owed`, which all ranks hold alike, as the residual of `array` the part of the next rank's.
+
+        Local. With the rank before the owner a residual rounds once more only.
+        """
+        rest = self._residual(array, [int(bound) for bound in bounds])
+        if rest is not None:
+            start, stop = int(bounds[self._right]), int(bounds[self._right + 1])
+            rest[...] = 0.0
+            rest[start:stop] = owed[start:stop]
+
     def forget(self) -> None:
         """Drop the prepared messages, the residuals and the references to the caller's arrays. Local."""
         super().forget()
@@ -72,7 +113,7 @@ class WireRing(Ring):
 
     def _residual(self, array: np.ndarray, bounds: list[int]) -> np.ndarray | None:
         """Return the residual of an array, which outlives the plans of the many that a step may use."""
-        if not self.feedback:
+        if not self.feedback or self.size == 1:
             return None
         key = (array.__array_interface__["data"][0], array.size, tuple(bounds))
         if key not in self._residuals:
@@ -86,7 +127,7 @@ class _NarrowReduceScatter(_ReduceScatter):
 
     def __init__(self, ring: WireRing, array: np.ndarray, bounds: list[int], num_words: int):
         comm, rank, size = ring.comm, ring.rank, ring.size
-        self._wire, self._decoded = ring.wire, ring._decoded
+        self._wire = ring.wire
         residual = ring._residual(array, bounds)
         parts = ring._parts(array, bounds)
         rests = [[None] * len(part) for part in parts] if residual is None else ring._parts(residual, bounds)
@@ -122,7 +163,7 @@ class _NarrowReduceScatter(_ReduceScatter):
             split(words, rows[0])
         MPI.Prequest.Startall(self._first)
         for own, rest, out, send in self._start:
-            self._round(own, rest, out, send)
+            self._send(own, rest, out, send)
         for hop, steps in enumerate(self._hops):
             if self._word_sends:
                 self._word_receives[hop].Wait()
@@ -130,27 +171,63 @@ class _NarrowReduceScatter(_ReduceScatter):
                 if hop + 1 < len(self._hops):
                     self._word_sends[hop + 1].Start()
             for receive, work, later, own, rest, out, send in steps:
-                decoded = self._decoded[:own.size]
                 receive.Wait()
-                self._wire.decode(work, decoded)
+                self._wire.add(work, own)
                 if later is not None:
                     later.Start()
-                np.add(own, decoded, own)
                 if send is not None:
-                    self._round(own, rest, out, send)
+                    self._send(own, rest, out, send)
         MPI.Request.Waitall(self._sends)
         if words is not None:
             join(rows[-1], words)
 
-    def _round(self, own: np.ndarray, rest: np.ndarray | None, out: np.ndarray, send: MPI.Prequest) -> None:
+    def _send(self, own: np.ndarray, rest: np.ndarray | None, out: np.ndarray, send: MPI.Prequest) -> None:
         """Send the partial sum `own` on, and keep in `rest` what the narrow format leaves of it."""
-        if rest is not None:
-            np.add(own, rest, own)
-        self._wire.encode(own, out)
+        if rest is None:
+            self._wire.encode(own, out)
+        else:
+            self._wire.round(own, rest, out)
         send.Start()
-        if rest is not None:
-            decoded = self._decoded[:own.size]
-            self._wire.decode(out, decoded)     # reading what is being sent is allowed
-            np.subtract(own, decoded, rest)
-            if not math.isfinite(rest.sum()):
-                rest[~np.isfinite(rest)] = 0
+
+
+class _NarrowAllGather:
+    """The messages of one gathering of rounded differences, prepared; a segment goes on before it is decoded."""
+
+    def __init__(self, ring: WireRing, array: np.ndarray, bounds: list[int], num_words: int):
+        comm, rank, size = ring.comm, ring.rank, ring.size
+        self._wire, self._segment_bytes = ring.wire, ring.segment_bytes
+        parts = ring._parts(array, bounds)
+        self._sends, self._receives, self._own, self._others = [], [], [], []
+
+        def buffer(values: np.ndarray) -> np.ndarray:
+            return np.empty(ring.wire.num_bytes(values.size), np.uint8)
+
+        def outgoing(data: np.ndarray) -> MPI.Prequest:
+            self._sends.append(comm.Send_init(data, ring._right, DATA_TAG))
+            return self._sends[-1]
+
+        for own in parts[rank]:
+            data = buffer(own)
+            self._own.append((own, data, outgoing(data)))
+        for hop in range(size - 1):
+            for values in parts[(rank - 1 - hop) % size]:
+                data = buffer(values)
+                self._receives.append(comm.Recv_init(data, ring._left, DATA_TAG))
+                send = outgoing(data) if hop < size - 2 else None
+                self._others.append((self._receives[-1], values, data, send))
+
+    def run(self, master: np.ndarray) -> None:
+        MPI.Prequest.Startall(self._receives)
+        for (own, data, send), target in zip(self._own, pieces(master, self._segment_bytes), strict=True):
+            self._wire.towards(own, target, data)
+            send.Start()
+        for receive, values, data, send in self._others:
+            receive.Wait()
+            if send is not None:
+                send.Start()
+            self._wire.add(data, values)    # reading what is being sent is allowed
+        MPI.Request.Waitall(self._sends)
+
+    def free(self) -> None:
+        for request in [*self._sends, *self._receives]:
+            request.Free()

@@ -74,6 +74,8 @@ class Served:
     Attributes `bytes_sent` and `bytes_received` count the bytes of arrays (not of words) of this rank so far.
     """
 
+    narrow = False      # numbers travel as they are
+
     def __init__(self, comm: MPI.Intracomm, servers: int, segment_bytes: int = SEGMENT_BYTES,
                  limit_bytes: int = LIMIT_BYTES):
         self.comm = comm.Dup()

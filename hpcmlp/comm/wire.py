@@ -1,5 +1,9 @@
 """Narrow numbers for the wire: contiguous float32 values into preallocated bytes and back.
 
+Every format has five actions: encode, decode, add (decode and add), and two that round with nothing lost. `round`
+keeps what the bytes leave of a number for the next call; `towards` moves a number by what the bytes hold of its way to
+a target, so that the next call sends what is left of the way.
+
 bf16: the upper half of a float32, rounded to nearest, ties to even: 8 significant bits, the range of float32. float16:
 IEEE half precision, 11 significant bits; finite numbers beyond 65,504 become 65,504, below 2**-14 the steps are 2**-24.
 int8: blocks of BLOCK values, each with a float32 scale = max|x| / 127, then one byte x / scale a value, rounded alike.
@@ -11,24 +15,75 @@ infinities turns NumPy's warnings about invalid operations off.
 Blocks with a scale each: T. Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", ICLR 2016.
 """
 
+import os
 from typing import Any
 
 import numpy as np
+
+try:
+    from hpcmlp.ops import _fused
+except ImportError:  # not built: the NumPy form does everything
+    _fused = None
 
 BLOCK = 256  # values with one scale: 1.6 % on top of a byte a value
 LARGEST_HALF = 65504.0
 # Scales are kept where neither x / scale nor 127 * scale can leave float32.
 SMALLEST_SCALE = np.finfo(np.float32).tiny
 LARGEST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
+# In the order of the enums in _fused.c.
+ENCODE, DECODE, ROUND, ADD, TOWARDS = range(5)
 
 
-class Bf16:
+class _Plain:
+    """What the formats of this file share: the actions in NumPy, from their `encode` and `decode`.
+
+    Local. `most` is the largest number of values that one call gets.
+    """
+
+    def __init__(self, most: int):
+        self._decoded, self._small = np.empty(most, np.float32), np.empty(most, np.bool_)
+
+    def add(self, data: np.ndarray, values: np.ndarray) -> None:
+        """Add what `data` (num_bytes(n),) uint8 holds to `values` (n,) float32. Local."""
+        decoded = self._decoded[:values.size]
+        self.decode(data, decoded)
+        np.add(values, decoded, values)
+
+    def round(self, values: np.ndarray, rest: np.ndarray, out: np.ndarray) -> None:
+        """Add `rest` to `values`, encode them into `out`, and keep in `rest` what `out` leaves of them. Local.
+
+        `values`, `rest` (n,) float32. A rest that is not finite, or smaller than the normal numbers, becomes 0.
+        """
+        decoded, small = self._decoded[:values.size], self._small[:values.size]
+        np.add(values, rest, values)
+        self.encode(values, out)
+        self.decode(out, decoded)
+        np.subtract(values, decoded, rest)
+        np.abs(rest, decoded)
+        np.less(decoded, SMALLEST_SCALE, small)
+        np.copyto(rest, 0, where=small)
+        if not np.isfinite(rest.sum()):
+            rest[~np.isfinite(rest)] = 0
+
+    def towards(self, values: np.ndarray, target: np.ndarray, out: np.ndarray) -> None:
+        """Encode `target - values` into `out` and add what it holds to `values`. Local.
+
+        `values`, `target` (n,) float32.
+        """
+        moved = self._decoded[:values.size]
+        np.subtract(target, values, moved)
+        self.encode(moved, out)
+        self.add(out, values)
+
+
+class Bf16(_Plain):
     """The upper halves of float32 numbers, rounded to nearest, ties to even.
 
     Local. `most` is the largest number of values that one call gets.
     """
 
     def __init__(self, most: int):
+        super().__init__(most)
         self._bits, self._odd = np.empty(most, np.uint32), np.empty(most, np.uint32)
 
     def num_bytes(self, count: int) -> int:
@@ -56,14 +111,11 @@ class Bf16:
         np.left_shift(bits, 16, bits)
 
 
-class Float16:
+class Float16(_Plain):
     """IEEE half precision; numbers too large for it become its largest.
 
     Local. `most` as for `Bf16`.
     """
-
-    def __init__(self, most: int):
-        pass
 
     def num_bytes(self, count: int) -> int:
         """Return how many bytes `count` values take. Local."""
@@ -84,13 +136,14 @@ class Float16:
         np.copyto(values, data.view(np.float16))
 
 
-class Int8:
+class Int8(_Plain):
     """One signed byte a value, and one float32 scale for BLOCK values.
 
     Local. `most` as for `Bf16`. The bytes are the scales of all blocks, then the values; the last block may be short.
     """
 
     def __init__(self, most: int):
+        super().__init__(most)
         self._work = np.empty(most, np.float32)
 
     def num_bytes(self, count: int) -> int:
@@ -134,10 +187,48 @@ def _blocks(values: np.ndarray, scales: np.ndarray) -> list[tuple[np.ndarray, np
     return [pair for pair in pairs if pair[0].size]
 
 
-FORMATS = {"bf16": Bf16, "float16": Float16, "int8": Int8}
+class Fused:
+    """A format by the C kernels, each action one pass: the bits of the NumPy form, but for which NaN stands for a NaN.
+
+    Local. `kind` is the place of the format in FORMATS.
+    """
+
+    def __init__(self, kind: int, num_bytes: Any):
+        self._kind, self.num_bytes = kind, num_bytes
+
+    def encode(self, values: np.ndarray, out: np.ndarray) -> None:
+        """Write `values` (n,) float32 into `out` (num_bytes(n),) uint8; `values` stay. Local."""
+        _fused.wire(ENCODE, self._kind, out, values, None)
+
+    def decode(self, data: np.ndarray, values: np.ndarray) -> None:
+        """Write what `data` (num_bytes(n),) uint8 holds into `values` (n,) float32. Local."""
+        _fused.wire(DECODE, self._kind, data, values, None)
+
+    def add(self, data: np.ndarray, values: np.ndarray) -> None:
+        """Add what `data` holds to `values`. Local."""
+        _fused.wire(ADD, self._kind, data, values, None)
+
+    def round(self, values: np.ndarray, rest: np.ndarray, out: np.ndarray) -> None:
+        """Encode `values + rest`, which stays in `values`, into `out`, and keep in `rest` what is left. Local."""
+        _fused.wire(ROUND, self._kind, out, values, rest)
+
+    def towards(self, values: np.ndarray, target: np.ndarray, out: np.ndarray) -> None:
+        """Encode `target - values` into `out` and add what it holds to `values`. Local."""
+        _fused.wire(TOWARDS, self._kind, out, values, target)
+
+
+FORMATS = {"bf16": Bf16, "float16": Float16, "int8": Int8}  # in the order of the enum in _fused.c
 WIRES = ("float32", *FORMATS)
 
 
-def make_format(name: str, most: int) -> Any:
-    """Return the encoder called `name` ("bf16", "float16" or "int8") for up to `most` values at once. Local."""
+def make_format(name: str, most: int, fused: bool | None = None) -> Any:
+    """Return the format called `name` ("bf16", "float16" or "int8") for up to `most` values at once.
+
+    Local. `fused` as for `ops.host.HostOps`: True asks for the C kernels, False for NumPy, None takes the kernels when
+    they are built and the environment variable HPCMLP_FUSED is not 0.
+    """
+    if fused is None:
+        fused = _fused is not None and os.environ.get("HPCMLP_FUSED", "1") != "0"
+    if fused:
+        return Fused(list(FORMATS).index(name), FORMATS[name](0).num_bytes)
     return FORMATS[name](most)

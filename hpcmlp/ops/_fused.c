@@ -1,9 +1,10 @@
 /* The float32 operations of ops/host.py as single passes over their arrays, called with any buffers of the right type.
 
    Each argument is checked (element type, shape, row stride, alignment), so that a wrong call raises and never writes
-   astray. The kernels are compiled once for the baseline and, on x86-64, once for AVX2 with FMA; the choice is made when
-   the module loads. While they run, denormal results are flushed to zero: moments that decay towards zero would
-   otherwise slow some processors a hundredfold. The GIL is released around long loops only. */
+   astray. The kernels are compiled once for the baseline and, on x86-64, once for AVX2 with FMA and F16C; the choice is
+   made when the module loads. While they run, but for those of messages, denormal results are flushed to zero: moments
+   that decay towards zero would otherwise slow some processors a hundredfold. The GIL is released around long loops
+   only. */
 
 #define PY_SSIZE_T_CLEAN
 #ifndef Py_LIMITED_API
@@ -14,6 +15,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAVE_AVX2 1
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
 #if defined(__SSE__) || defined(__x86_64__)
 #include <xmmintrin.h>
 #define FLUSH_DENORMALS unsigned int control = _mm_getcsr(); _mm_setcsr(control | 0x8040);
@@ -37,6 +43,9 @@
 #define STRIP 512      /* columns whose sums are kept at once */
 #define BLOCK_ROWS 64  /* rows summed in float before they are added in double */
 #define LONG 32768     /* elements from which the GIL is released */
+#define WIRE_TILE 256  /* numbers that share a scale in comm/wire.py */
+#define SMALLEST_SCALE 0x1p-126f            /* where neither x / scale nor 127 * scale can leave float32 */
+#define LARGEST_SCALE 0x1.020406p+121f      /* the float32 before its largest number / 127 */
 #define SQRT_HALF 0.70710678f
 #define INV_SQRT_2PI 0.39894228f
 #define SELU_SCALE 1.05070099f
@@ -45,6 +54,8 @@
 typedef Py_ssize_t Index;
 enum { IDENTITY, RELU, LEAKY_RELU, GELU, SILU, ELU, SELU, TANH, SIGMOID, SOFTPLUS, ACTIVATIONS };
 enum { BINARY_CROSS_ENTROPY, MEAN_SQUARED, MEAN_ABSOLUTE, HUBER, MEAN_LOSSES };
+enum { BF16, FLOAT16, INT8, WIRES };
+enum { ENCODE, DECODE, ROUND, ADD, TOWARDS, WIRE_ACTIONS };
 
 typedef struct {
     float *data;
@@ -72,6 +83,7 @@ typedef struct {
     void (*rmsprop)(float *, const float *, float *, float *, Index, float, float, float, float, float, float, float);
     void (*adagrad)(float *, const float *, float *, Index, float, float, float, float);
     void (*ema)(float *, const float *, float, Index);
+    void (*wire)(int, int, uint8_t *, float *, float *, Index);
 } Kernels;
 
 static inline uint64_t splitmix64(uint64_t key)
@@ -90,17 +102,18 @@ static inline uint64_t splitmix64(uint64_t key)
 #undef ROW_SUM
 #undef GATHER_ROW
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define HAVE_AVX2 1
+#ifdef HAVE_AVX2
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #define NAME(x) avx2_##x
+#define USE_F16C
 #include "_fused_kernels.h"
 #undef NAME
+#undef USE_F16C
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -566,12 +579,40 @@ METHOD(ema)
     Py_RETURN_NONE;
 }
 
+static Index wire_bytes(int kind, Index n) { return kind == INT8 ? (n + WIRE_TILE - 1) / WIRE_TILE * 4 + n : 2 * n; }
+
+/* wire(action, kind, data, values, other): ROUND and TOWARDS need other, the rest or the target of each value */
+METHOD(wire)
+{
+    BEGIN("wire", 5)
+    int action = code(&all, args[0], WIRE_ACTIONS), kind = code(&all, args[1], WIRES);
+    int reads = action == DECODE || action == ADD, two = action == ROUND || action == TOWARDS;
+    Array *data = take(&all, args[2], "B", 1, reads ? READ : WRITE);
+    Array *values = take(&all, args[3], "f", 1, action == ENCODE ? READ : WRITE);
+    Array *other = take(&all, args[4], "f", 1, action == ROUND ? WRITE | OPTIONAL : OPTIONAL);
+    if (!all.failed && (data->size != wire_bytes(kind, values->size) || (uintptr_t)data->data % 2))
+        refuse(&all, "data must lie at an even address and hold exactly the bytes of the values");
+    if (!all.failed && (two != (other->data != NULL) || (two && other->size != values->size)))
+        refuse(&all, "rests or targets must be as many as the values");
+    if (!all.failed) {
+        PyThreadState *state = values->size > LONG ? PyEval_SaveThread() : NULL;
+        kernels->wire(action, kind, (uint8_t *)data->data, (float *)values->data, (float *)other->data, values->size);
+        if (state)
+            PyEval_RestoreThread(state);
+    }
+    release(&all);
+    if (all.failed)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 #define ENTRY(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
     ENTRY(bias_activation), ENTRY(activation_backward), ENTRY(column_sum), ENTRY(cross_entropy), ENTRY(mean_loss),
     ENTRY(layer_norm), ENTRY(layer_norm_backward), ENTRY(dropout_mask), ENTRY(dropout), ENTRY(gather),
     ENTRY(add_scaled), ENTRY(sum_squares), ENTRY(finite), ENTRY(checksum), ENTRY(sgd), ENTRY(adam),
-    ENTRY(adam_direction), ENTRY(rmsprop), ENTRY(adagrad), ENTRY(ema), {NULL, NULL, 0, NULL},
+    ENTRY(adam_direction), ENTRY(rmsprop), ENTRY(adagrad), ENTRY(ema), ENTRY(wire),
+    {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "hpcmlp.ops._fused", "Single-pass float32 operations for hpcmlp.ops.host.", -1, methods,
@@ -583,8 +624,10 @@ PyMODINIT_FUNC PyInit__fused(void)
     PyObject *module = PyModule_Create(&definition);
     const char *target = "baseline";
 #ifdef HAVE_AVX2
+    unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+    __get_cpuid(1, &eax, &ebx, &ecx, &edx); /* not every compiler's __builtin_cpu_supports knows "f16c" */
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && ecx & bit_F16C) {
         kernels = &avx2_kernels;
         target = "avx2";
     }

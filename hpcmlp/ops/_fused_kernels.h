@@ -544,9 +544,11 @@ static void NAME(adagrad)(float *p, const float *g, float *s, Index n, float rat
 
 static void NAME(ema)(float *e, const float *p, float gain, Index n) { LOOPS(e[j] += gain * (p[j] - e[j])) }
 
+#include "_fused_wire.h"
+
 static const Kernels NAME(kernels) = {
     NAME(bias_activation), NAME(activation_backward), NAME(cross_entropy), NAME(mean_loss), NAME(layer_norm),
     NAME(layer_norm_backward), NAME(dropout_mask), NAME(dropout), NAME(gather_uint8_t), NAME(gather_float),
     NAME(add_scaled), NAME(sum_squares), NAME(finite), NAME(checksum), NAME(sgd), NAME(adam), NAME(adam_direction),
-    NAME(rmsprop), NAME(adagrad), NAME(ema),
+    NAME(rmsprop), NAME(adagrad), NAME(ema), NAME(wire),
 };

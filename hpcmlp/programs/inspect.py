@@ -271,7 +271,7 @@ def _about_servers(told: dict[str, Any] | None) -> list[str]:
     if not told:
         return []
     workers = told["workers"]
-    lines = [f"{told['servers']} server(s), staleness {told['staleness']}; samples are loaded and gradients made by ranks "
-             f"{workers[0]} to {workers[-1]}" if workers else f"{told['servers']} server(s), no worker left"]
+    lines = [f"{told['servers']} server(s), staleness {told['staleness']}; samples are loaded and gradients made by "
+             f"ranks {workers[0]} to {workers[-1]}"]
     return lines + [f"rank {s['rank']} stores elements {s['start']:,} to {s['stop']:,} at version {s['version']}: "
                     f"{s['bytes']:,} bytes, {s['optimizer_bytes']:,} of optimizer state" for s in told["slices"]]

@@ -31,16 +31,17 @@ from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, open_dataset, replica_error, versions
 from hpcmlp.run.session import Session
 from hpcmlp.run.signals import StopFlag
+from hpcmlp.sync import make_strategy
 from hpcmlp.sync.buckets import Bucket, cut
 from hpcmlp.sync.control import ControlWords
 from hpcmlp.sync.step import Step, StepResult
-from hpcmlp.sync.strategy import make_strategy
 
 # Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
-                  "keep", "servers", "staleness", "staleness_lr", "worker_timeout", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps"}
+                  "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
+                  "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps", "servers",
+                  "staleness", "staleness_lr", "worker_timeout"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 DEFAULT_EPOCHS = 10
 EVALUATION_ROWS = 1024
@@ -89,6 +90,9 @@ def check_fits(config: TrainConfig, manifest: Manifest, size: int) -> None:
                 raise ConfigError(f"{flag(name)} has no effect with --sync {config.sync}; it belongs to --sync server.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
+    for name in ("outer_lr", "outer_momentum"):
+        if getattr(config, name) is not None and config.outer_optimizer == "none":
+            raise ConfigError(f"{flag(name)} has no effect with --outer-optimizer none; it belongs to nesterov.")
     if manifest.rows("train") == 0:
         raise DataError(f"{config.data}: the data set has no training rows; prepare it with more rows or smaller "
                         "--val-fraction and --test-fraction.")
@@ -167,6 +171,7 @@ class Training:
             self.spec = NetworkSpec((manifest.num_features, *config.hidden,
                                      self.loss.num_outputs(manifest.task, manifest.num_outputs)),
                                     config.activation, config.dropout, config.layer_norm, config.residual)
+            self.local = config.local_steps > 1 or config.outer_optimizer != "none"
             self.steps_per_epoch = self.loader.steps_per_epoch
             epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
             self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
@@ -178,6 +183,8 @@ class Training:
         self.monitor = config.monitor if config.monitor != "auto" else \
             ("accuracy" if manifest.task == "classification" else "loss")
         self._spent = {"compute": 0.0, "comm": 0.0, "input": 0.0}
+        self._since = dict.fromkeys((*self._spent, "step"), 0.0)  # seconds since the ranks last met
+        self._print_due = False
         self._step_times: deque[float] = deque(maxlen=LAST_STEPS)
         self._epoch_rows = self._epoch_s = 0.0
         self._save_s = 0.0
@@ -188,7 +195,11 @@ class Training:
         """Raise Unavailable when the network's vectors and activations cannot fit beside those of this node's ranks."""
         t, sizes = self.topology, self.spec.sizes
         flat = 4 * self.spec.layout().size
-        vectors = flat * (2 + moments / t.size + (self.manifest.rows("val") > 0))  # params, grads, moments, best
+        owners = 1 if self.config.full_update or self.local else t.size
+        # params, grads, moments, best; with local steps also where the ranks last met, and its momentum
+        vectors = flat * (2 + moments / owners + (self.manifest.rows("val") > 0) + 2 * self.local)
+        if self.config.wire != "float32" and t.size > 1:
+            vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
         rows = -(-self.loader.local_rows_max // self.config.accumulate)
         needed = int(vectors + 8 * rows * sum(sizes))
         available = available_bytes()
@@ -229,22 +240,40 @@ class Training:
         self.exchange = open_exchange(c.sync, topology, layout.size, np.float32, own_params=c.full_update,
                                       wire=c.wire, servers=c.servers or 1)
         on_host = c.device == "cpu"
-        self.network = Network(self.spec, ops, rows, self.exchange.params if on_host else None,
+        self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
                                self.exchange.grads if on_host else None)
         ops.from_host(self._initial_parameters(), self.network.params)
         buckets = self._buckets(layout.size)
-        self.strategy = make_strategy(c.full_update)(self.exchange.collective, buckets, topology.size,
-                                                     self.network.params, self.network.grads, ops)
+
+        def strategy(whole: bool, params: Any) -> Any:
+            make = make_strategy(whole, self.exchange.collective.narrow)
+            return make(self.exchange.collective, buckets, topology.size, params, self.network.grads, ops)
+
+        self.strategy = strategy(c.full_update or self.local, self.network.params)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
         average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
         if average is not None:
             average.start(self.network.params)
-        self.session = Session(self.comm, self.network, self.strategy, optimizer, average)
-        self.step = Step(self.network, self.loss, optimizer, self.strategy, ops, rows=self.loader.local_rows_max,
-                         micro_batches=c.accumulate, shift=self._on_device(m.load_shift),
-                         scale=self._on_device(m.load_scale), clip_norm=c.clip_norm, seed=c.seed, average=average)
-
+        parts = (self.network, self.loss, optimizer, self.strategy, ops)
+        options = dict(rows=self.loader.local_rows_max, micro_batches=c.accumulate, clip_norm=c.clip_norm, seed=c.seed,
+                       shift=self._on_device(m.load_shift), scale=self._on_device(m.load_scale), average=average)
+        if self.local:
+            from hpcmlp.sync.local import LocalStep  # few runs want it
+            anchor = self.exchange.params if on_host else ops.zeros((layout.size,), np.float32)
+            self.step = LocalStep(*parts, **options, meets=self._meets, outer=strategy(c.full_update, anchor),
+                                  outer_optimizer=c.outer_optimizer, outer_lr=c.outer_lr,
+                                  outer_momentum=c.outer_momentum)
+        else:
+            self.step = Step(*parts, **options)
+        self.session = Session(self.comm, self.network, self.strategy, optimizer, average,
+                               self.step if self.local else None)
         self._plan_apart()
+
+    def _meets(self, number: int) -> bool:
+        """Whether local steps end a round with step `number`: decided from facts that all ranks hold."""
+        c, t = self.config, number % self.steps_per_epoch
+        return ((t + 1) % c.local_steps == 0 or t == self.steps_per_epoch - 1 or number + 1 == self.total_steps
+                or (number + 1) % (c.checkpoint_every or self.steps_per_epoch) == 0)
 
     def _buckets(self, size: int) -> list[Bucket]:
         if self.roles is None:
@@ -340,7 +369,7 @@ class Training:
                 ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}; {cores} cores and {threads} BLAS "
                           f"thread(s) for rank 0"),
                 ("MPI", f"{width}, sync {self.exchange.name}"
-                        f"{f', gradients in {c.wire} on the wire' if c.wire != 'float32' else ''}"
+                        f"{f', {self.exchange.wire} on the wire' if self.exchange.wire != 'float32' else ''}"
                         f"{', whole update' if c.full_update else ''}{self._about_servers()}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
                                        if c.device == "cpu" else "")),
@@ -348,7 +377,9 @@ class Training:
                 ("network", f"{'-'.join(map(str, self.spec.sizes))} {c.activation}, "
                             f"{self.network.layout.num_params:,} parameters, {self.loss.kind}"),
                 ("training", f"{c.optimizer} lr {c.lr:g} {c.schedule}, global batch {c.global_batch_size}, "
-                             f"{self.total_steps:,} steps ({self.steps_per_epoch} an epoch)")]
+                             f"{self.total_steps:,} steps ({self.steps_per_epoch} an epoch)"),
+                *([("rounds", f"of up to {c.local_steps} local steps, then {self.step.describe()}")] if self.local
+                  else [])]
 
     def _about_servers(self) -> str:
         if self.roles is None:
@@ -360,6 +391,7 @@ class Training:
     def _loop(self, flag: StopFlag) -> None:
         """The steps of the run, each as the design's section 3 has it."""
         c, progress, skips = self.config, self.session.progress, 0
+        log = check = False
         fault = None
         if "HPCMLP_FAULT" in os.environ:
             from hpcmlp.run.faults import planned_fault  # tests only
@@ -376,16 +408,20 @@ class Training:
             epoch, t = divmod(number, self.steps_per_epoch)
             batch = self.loader.batch(epoch, t)
             loaded = time.perf_counter()
-            if fault is not None:
-                fault.strike(number, self.network.params)
-            log = (number + 1) % c.log_every == 0
-            check = c.replica_check_every > 0 and number % c.replica_check_every == 0
-            result = self.step.run(batch, number, self.schedule.lr(number), stop=flag.poll(2 * self._save_s),
+            if fault is not None and fault.strike(number, self.network.params):
+                raise ConfigError("HPCMLP_FAULT act=leave is for workers of --sync server with --staleness above 0.")
+            # What is due within a round of local steps waits for its end.
+            log |= (number + 1) % c.log_every == 0
+            check |= c.replica_check_every > 0 and number % c.replica_check_every == 0
+            result = self.step.run(batch, number, self.schedule.lr(number), stop=flag.poll(self._lead_s()),
                                    check=check, want_norm=log)
             if not result.replicas_agree:
-                raise replica_error(self.comm, self.ops.checksum(self.network.params), number)
-            skips = skips + 1 if result.skipped else 0
+                raise replica_error(self.comm, self.step.checksum(), number)
             self._account(result, number, epoch, loaded - begin, time.perf_counter() - begin, log)
+            if not result.steps:
+                continue
+            log = check = False
+            skips = skips + 1 if result.skipped else 0
             if self._after_step(skips, result.stop, flag):
                 break
         self._write_trace()
@@ -394,9 +430,10 @@ class Training:
         """Do what is due after the step just counted: end of epoch, save, stop; return whether the run ends early."""
         c, done = self.config, self.session.progress.step
         final = done == self.total_steps
-        if skips >= (min(MOST_SKIPS, self.steps_per_epoch) if final else MOST_SKIPS):
-            raise _alike(RunFailed(f"{skips} steps in a row, the last at step {done}, had a loss or gradient that is "
-                                   "not finite; lower --lr, add --warmup-steps or --clip-norm, or check the data."))
+        if skips >= (min(MOST_SKIPS, -(-self.steps_per_epoch // c.local_steps)) if final else MOST_SKIPS):
+            raise _alike(RunFailed(f"{skips} {'rounds' if self.local else 'steps'} in a row, the last at step {done}, "
+                                   "had a loss or gradient that is not finite; lower --lr, add --warmup-steps or "
+                                   "--clip-norm, or check the data."))
         ended = self._end_epoch(done // self.steps_per_epoch - 1) if done % self.steps_per_epoch == 0 else False
         last = ended or final
         if last or stop or done % (c.checkpoint_every or self.steps_per_epoch) == 0:
@@ -429,14 +466,15 @@ class Training:
         while progress.step < self.total_steps:
             begin, start = time.perf_counter(), progress.step
             stop = min(self.total_steps, *(start // n * n + n for n in (every, self.steps_per_epoch)))
-            came = self.apart.run(start, stop, wants_stop=lambda: flag.poll(2 * self._save_s), strike=strike,
+            came = self.apart.run(start, stop, wants_stop=lambda: flag.poll(self._lead_s()), strike=strike,
                                   on_step=account, on_loss=tell)
             if came is None:
                 while True:     # This worker has left: the others go on, and one of them ends the job.
                     time.sleep(1.0)
             if self.directory is None:
                 progress.step, progress.skipped = came.version, progress.skipped + came.skipped
-                progress.loss_sum, progress.weight_sum = progress.loss_sum + came.loss, progress.weight_sum + came.weight
+                progress.loss_sum += came.loss
+                progress.weight_sum += came.weight
                 self._epoch_rows, self._epoch_s = self._epoch_rows + came.rows, time.perf_counter() - begin
             if came.lost:
                 self._go_on_without(came.lost)
@@ -494,14 +532,22 @@ class Training:
         while True:
             time.sleep(1.0)
 
+    def _lead_s(self) -> float:
+        """Seconds before the time limit at which to stop: for the save, and for local steps until the ranks meet."""
+        step_s = self._step_times[-1] if self._step_times else 0.0
+        return 2 * self._save_s + (min(self.config.local_steps, self.steps_per_epoch) - 1) * step_s
+
     def _open_trace(self) -> None:
         """Plan to record steps of this run: after a warm-up, but half of a very short run."""
         from hpcmlp.run import trace  # only who asks for it pays for the import
         start = self.session.progress.step
         first = start + min(trace.WARMUP_STEPS, (self.total_steps - start) // 2)
         stop = min(first + (self.config.trace_steps or trace.DEFAULT_STEPS), self.total_steps)
-        self.trace = trace.Recorder(self.comm, self.step, self.loader, first, stop,
-                                    [(self, "_validate", "validation"), (self, "_save", "save")])
+        others = [(self, "_validate", "validation"), (self, "_save", "save")]
+        if self.local:
+            others += [(self.step, "meet", "meet"), *((self.step.outer, name, f"outer {name}")
+                                                      for name in ("reduce", "update", "share", "grad_norm"))]
+        self.trace = trace.Recorder(self.comm, self.step, self.loader, first, stop, others)
 
     def _write_trace(self) -> None:
         """Write what was recorded, if that is still to be done; a failure to write ends all ranks alike. Collective."""
@@ -519,25 +565,37 @@ class Training:
         """Count a finished step, and log it where it is due."""
         progress = self.session.progress
         progress.step = number + 1
+        since = self._since
         for name, seconds in (("compute", result.compute_s), ("comm", result.comm_s), ("input", input_s)):
             self._spent[name] += seconds
-        self._step_times.append(step_s)
-        self._epoch_rows += result.rows
+            since[name] += seconds
+        since["step"] += step_s
         self._epoch_s += step_s
+        self._print_due |= bool(self.config.print_every) and (number + 1) % self.config.print_every == 0
+        if not result.steps:
+            return
+        mean = {name: seconds / result.steps for name, seconds in since.items()}
+        self._since = dict.fromkeys(since, 0.0)
+        self._step_times.append(mean["step"])
+        self._epoch_rows += result.rows
         if result.skipped:
-            progress.skipped += 1
+            progress.skipped += result.steps
             self._log({"kind": "event", "event": "skipped update", "step": number + 1,
                        "reason": "loss or gradient not finite"})
         else:
             progress.loss_sum += result.loss * result.weight
             progress.weight_sum += result.weight
+        if result.round is not None and (result.round.lost_steps or result.round.left_out):
+            self._log({"kind": "event", "event": "left out", "step": number + 1, "ranks": result.round.left_out,
+                       "rank_steps": result.round.lost_steps, "reason": "loss, gradient or state not finite"})
         if log:
             self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": result.loss,
                        "lr": self.schedule.lr(number), "grad_norm": result.grad_norm,
-                       "samples_per_s": result.rows / step_s, "compute_s": result.compute_s,
-                       "comm_s": result.comm_s, "input_s": input_s})
-        every = self.config.print_every
-        if every and (number + 1) % every == 0:
+                       "samples_per_s": result.rows / result.steps / mean["step"], "compute_s": mean["compute"],
+                       "comm_s": mean["comm"], "input_s": mean["input"],
+                       **({"round": {"steps": result.steps, **asdict(result.round)}} if self.local else {})})
+        if self._print_due:
+            self._print_due = False
             self.console.line(f"Step {number + 1}, loss = {result.loss:.2f}")
         self.console.progress(number + 1, self.total_steps, result.loss)
 
@@ -657,6 +715,8 @@ class Training:
         with agreed(self.comm):
             if self.directory is not None:
                 self._write_summary(flat, test)
+        if self.local:
+            self.console.line(self.step.report(self.exchange.wire))
         self.console.line(f"finished {progress.step} steps in {progress.seconds:.1f} s; run directory {c.out}")
 
     def _write_summary(self, flat: np.ndarray, test: dict[str, Any]) -> None:
@@ -670,7 +730,8 @@ class Training:
         self.directory.write("summary.json", to_json(
             {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
              "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": self.exchange.name,
-             "wire": c.wire, "device": c.device, **self._served_summary(),
+             "wire": self.exchange.wire, "device": c.device, **self._served_summary(),
+             **({"local": self.step.statistics(self.exchange.wire)} if self.local else {}),
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
              "parameters_sha256": layout.sha256(flat),

@@ -265,7 +265,8 @@ class Recorder:
         self._shadow(step, "loss", timed("loss", step.loss))
         self._shadow(network, "forward", self._timed_forward(network.forward, network.spec.num_layers))
         self._shadow(network, "backward", self._timed_backward(network.backward, network.spec.num_layers))
-        for name, method in (("reduce_scatter", "reduce"), ("all_gather", "all_gather")):
+        methods = [("reduce_scatter", "reduce"), ("all_gather", "all_gather")]
+        for name, method in methods + [("gather_towards", "all_gather")] * collective.narrow:
             self._shadow(collective, name, self._timed_buckets(method, getattr(collective, name), strategy.buckets))
         waits = [(collective, name, "wait") for name in getattr(collective, "WAITS", ())]
         for owner, method, name in [(self.loader, "batch", "input"), (strategy, "reduce", "reduce"),

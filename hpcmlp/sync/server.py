@@ -74,7 +74,8 @@ def check_options(options: Any, size: int) -> None:
     if servers > size:
         raise ConfigError(f"--servers {servers} with {size} rank{'s' * (size > 1)}: give at most as many servers as "
                           "ranks, or start more ranks.")
-    wrong = {"--full-update": options.full_update, "--bucket-mb": options.bucket_mb != type(options).bucket_mb}
+    wrong = {"--full-update": options.full_update, "--bucket-mb": options.bucket_mb != type(options).bucket_mb,
+             "--local-steps": options.local_steps > 1, "--outer-optimizer": options.outer_optimizer != "none"}
     for name, given in wrong.items():
         if given:
             raise ConfigError(f"{name} has no effect with --sync server, whose servers hold one slice each and update "

@@ -4,12 +4,12 @@
 1/size; the bytes on the wire are those of an all-reduce, 2 (size - 1)/size x parameters x width per rank.
 (Rajbhandari et al. 2020, ZeRO, stage 1; the ring is that of Patarasuk and Yuan 2009.)
 `WholeUpdate`: all-reduce, then every rank updates everything: the plain form that the other is compared with.
+`narrow.NarrowUpdate`: as `SlicedUpdate`, with a collective that rounds what it sends.
 
 A strategy takes flat vectors and a collective; it knows neither networks nor MPI.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -99,14 +99,44 @@ class SlicedUpdate:
         for bucket in self.buckets:
             self.collective.all_gather(flat[bucket.start:bucket.stop], bucket.bounds)
 
+    def carried(self) -> dict[str, np.ndarray]:
+        """Return, by name, the flat host vectors that a checkpoint must hold besides for an exact resumption.
+
+        Collective: what narrow reductions still owe the gradient ("residual") is added up over the ranks, here too.
+        """
+        if not self.collective.narrow:
+            return {}
+        flat = self._kept()
+        for bucket in self.buckets:
+            piece = slice(bucket.start, bucket.stop)
+            self.collective.settle(self._host_grads[piece], bucket.bounds, flat[piece])
+        return {"residual": flat.copy()}
+
+    def take_up(self, carried: dict[str, np.ndarray]) -> None:
+        """Go on from `carried`, which all ranks hold alike, at any rank count and wire it comes from.
+
+        Local. Parameters have been set before. A "master" becomes the parameters, exact as it is, where this strategy
+        keeps none of its own. A "residual", a rounding of one step's gradient, is dropped where no wire is narrow.
+        """
+        if "master" in carried:
+            self.ops.from_host(carried["master"], self.params)
+        if "residual" in carried and self.collective.narrow:
+            for bucket in self.buckets:
+                piece = slice(bucket.start, bucket.stop)
+                self.collective.put_residual(self._host_grads[piece], bucket.bounds, carried["residual"][piece])
+
+    def _kept(self) -> np.ndarray:
+        """Return a flat host vector for what is gathered now and then."""
+        if self._gathered is None:
+            self._gathered = self.collective.empty(self._host_params.size, self._host_params.dtype)
+        return self._gathered
+
     def whole(self, owned: Any) -> np.ndarray:
         """Return the flat host vector whose owned ranges, concatenated, are `owned` on each rank.
 
         Collective. Used to save or use optimizer state, averaged weights and the best state.
         """
-        if self._gathered is None:
-            self._gathered = self.collective.empty(self._host_params.size, self._host_params.dtype)
-        flat = self._gathered
+        flat = self._kept()
         part = np.empty(owned.shape, flat.dtype)
         self.ops.to_host(owned, part)
         at = 0
@@ -144,8 +174,3 @@ class WholeUpdate(SlicedUpdate):
 
     def _gather(self, flat: np.ndarray) -> None:
         pass
-
-
-def make_strategy(whole: bool) -> Callable[..., SlicedUpdate]:
-    """Return the class of the strategy: WholeUpdate when `whole`, else SlicedUpdate. Local."""
-    return WholeUpdate if whole else SlicedUpdate

@@ -1,4 +1,4 @@
-"""The book of server 0: every task once, staleness within its bound, nobody waits for ever, losses cost a share only."""
+"""The book of server 0: every task once, staleness within its bound, no endless wait, losses cost a share."""
 
 import math
 import random

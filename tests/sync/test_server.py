@@ -50,7 +50,7 @@ class WholeLoader:
 class Alone:
     """The collective of one rank."""
 
-    part, size = 0, 1
+    part, size, narrow = 0, 1, False
 
     def reduce_scatter(self, array, bounds, words=None):
         pass
@@ -297,7 +297,8 @@ def test_numbers_that_are_not_finite_skip_the_update_on_all_servers(comm):
 
 def options(**given):
     kept = {"servers": None, "staleness": None, "staleness_lr": False, "worker_timeout": None, "full_update": False,
-            "bucket_mb": 32.0, "trace": False, "device": "cpu", "optimizer": "adamw", "clip_norm": None}
+            "bucket_mb": 32.0, "trace": False, "device": "cpu", "optimizer": "adamw", "clip_norm": None,
+            "local_steps": 1, "outer_optimizer": "none"}
     return type("Options", (SimpleNamespace,), {"bucket_mb": 32.0})(**{**kept, **given})
 
 
@@ -305,6 +306,7 @@ def options(**given):
     ({"servers": 3}, 2, "--servers 3 with 2 ranks"),
     ({"full_update": True}, 2, "--full-update has no effect"),
     ({"bucket_mb": 1.0}, 2, "--bucket-mb has no effect"),
+    ({"local_steps": 4}, 2, "--local-steps has no effect"),
     ({"staleness_lr": True}, 2, "--staleness-lr has no effect with --staleness 0"),
     ({"worker_timeout": 2.0}, 2, "--worker-timeout has no effect"),
     ({"staleness": "3", "servers": 2}, 2, "needs dedicated servers"),
