@@ -695,7 +695,7 @@ class Training:
         if self.roles is None:
             return {}
         from hpcmlp.sync.server import describe_slices
-        return {"server": describe_slices(self.network.layout.size, self.roles, len(self.session.optimizer.state),
+        return {"server": describe_slices(self.network.layout.size, self.roles, len(self.step.optimizer.state),
                                           self.session.progress.step, self.config.staleness or "0")}
 
     def _log(self, record: dict[str, Any]) -> None:
