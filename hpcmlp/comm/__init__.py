@@ -11,7 +11,7 @@ from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
 
-COLLECTIVES = ("ring", "shared", "native")
+COLLECTIVES = ("ring", "shared", "native")    # those that need no further choice
 
 
 def make_collective(name: str, topology: Topology) -> Any:
@@ -35,8 +35,8 @@ class Exchange:
     """Collectives with the two flat vectors that they serve best.
 
     `params` is meant for what all ranks hold alike (one copy per node in shared memory, unless `own_params`), `grads`
-    is this rank's own. `wire` is what crosses the network. `note` says what is not as it was asked for, and why; "" when
-    all is. `why` is why these collectives were taken; "" when they were asked for by name.
+    is this rank's own. `wire` is what crosses the network. `note` says what is not as it was asked for, and why; ""
+    when all is. `why` is why these collectives were taken; "" when they were asked for by name.
     """
 
     name: str
@@ -64,9 +64,9 @@ def check_wire(sync: str, wire: str) -> None:
 
     Only our ring does the additions itself: MPI's operations take float32.
     """
-    if wire != "float32" and sync == "native":
-        raise ConfigError(f"--wire {wire} has no effect with --sync {sync}: only our own ring sends narrow numbers; give "
-                          "--sync auto, shared or ring, or use --wire float32.")
+    if wire != "float32" and sync in ("native", "server"):
+        raise ConfigError(f"--wire {wire} has no effect with --sync {sync}: only our own ring sends narrow numbers; "
+                          "give --sync auto, shared or ring, or use --wire float32.")
 
 
 def rule(topology: Topology, wire: str = "float32") -> tuple[str | None, str]:
@@ -85,7 +85,7 @@ def rule(topology: Topology, wire: str = "float32") -> tuple[str | None, str]:
 
 
 def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False,
-                  wire: str = "float32") -> Exchange:
+                  wire: str = "float32", servers: int = 1) -> Exchange:
     """Return collectives and zeroed flat vectors of `size` elements.
 
     Collective over `topology.comm`. `name` may be "auto": by `rule`, or else the fastest in a short trial with vectors
@@ -93,13 +93,13 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     trial goes on without it. A `wire` other than "float32" is that of the ring, between nodes or between all ranks;
     where there are no messages between ranks it is float32 after all, so that one configuration serves one node and
     many. `note` says so, `why` why "auto" took what it took. Raises ConfigError for an unknown name, or a wire with
-    "native".
+    "native" or "server". `servers` counts for "server" alone.
     """
     check_wire(name, wire)
     taken, why, note = *(rule(topology, wire) if name == "auto" else (name, "")), ""
 
     def make(which: str, elements: int) -> Exchange:
-        return _open(which, topology, elements, dtype, own_params, wire)
+        return _open(which, topology, elements, dtype, own_params, wire, servers)
 
     if taken == "shared":
         try:
@@ -119,13 +119,16 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     return exchange
 
 
-def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool, wire: str) -> Exchange:
+def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool, wire: str, servers: int) -> Exchange:
     """Open what is called `name` and nothing else; where node memory is not to be had nothing stays allocated."""
     note = ""
     if wire != "float32" and (topology.size == 1 or name == "shared" and topology.num_nodes == 1):
         note, wire = _idle(wire, "there is one rank" if topology.size == 1 else "all ranks share one node"), "float32"
     if name == "shared":
         collective: Any = Shared(topology, partial(make_ring, wire=wire))
+    elif name == "server":
+        from hpcmlp.comm.served import Served  # few runs want it
+        collective = Served(topology.comm, servers)
     else:
         collective = make_ring(topology.comm, wire) if name == "ring" else make_collective(name, topology)
     try:

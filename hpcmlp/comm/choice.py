@@ -23,8 +23,8 @@ GROWTH = 8
 def fastest(make: Callable[[str, int], Any], names: Sequence[str], comm: Any, size: int) -> tuple[str, str]:
     """Return the fastest of the collectives `names` for vectors of `size` elements, and the figures as a sentence.
 
-    Collective over `comm`. `make(name, elements)` opens a `comm.Exchange`; where it raises SharedUnavailable that one is
-    left out (the last of `names` must not).
+    Collective over `comm`. `make(name, elements)` opens a `comm.Exchange`; where it raises SharedUnavailable that one
+    is left out (the last of `names` must not).
     """
     elements = _affordable(make, names[-1], comm, size)
     seconds, missing = {}, ""

@@ -2,16 +2,19 @@
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm import COLLECTIVES, check_wire, messages, open_exchange
+from hpcmlp.comm import check_wire, make_collective, messages, open_exchange
 from hpcmlp.comm.agreement import agreed
+from hpcmlp.comm.shared import SharedUnavailable
 from hpcmlp.comm.topology import Topology
-from hpcmlp.config import BenchConfig
+from hpcmlp.config import BenchConfig, flag
 from hpcmlp.data.samples import Batch
 from hpcmlp.errors import ConfigError
 from hpcmlp.nn.initializers import initialize
@@ -19,28 +22,46 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
+from hpcmlp.sync import make_strategy
 from hpcmlp.sync.buckets import cut
 from hpcmlp.sync.step import Step
-from hpcmlp.sync.strategy import make_strategy
 
 ROWS = 8192  # made-up samples a rank draws its batches from
 BUCKET_ELEMENTS = 1 << 23
+ACTS_ON = {"sizes": ("step", "gemm"), "global_batch_size": ("step", "gemm", "io"), "sync": ("step",),
+           "servers": ("step",),
+           "wire": ("step",), "optimizer": ("step",), "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
 COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 
 
 def main(config: BenchConfig, comm: Any) -> int:
-    """Time what `config` names. Collective over `comm`; returns 0."""
+    """Time what `config` names. Collective over `comm`; returns 0, or raises HpcmlpError."""
     with agreed(comm):
-        if config.what == "step":
-            check_wire(config.sync, config.wire)
-        elif config.wire != "float32":
-            raise ConfigError(f"--wire has no effect with bench {config.what}; it belongs to bench step.")
+        _check(config, comm.size)
     topology = Topology(comm)
-    result = {"step": time_step, "comm": time_comm, "gemm": time_gemm}[config.what](config, topology)
+    timers = {"step": time_step, "comm": time_comm, "gemm": time_gemm, "io": time_io}
+    result = timers[config.what](config, topology)
     if comm.rank == 0:
         print(json.dumps(result) if config.json else _table(result), flush=True)
     topology.free()
     return 0
+
+
+def _check(config: BenchConfig, size: int) -> None:
+    """Raise ConfigError for what cannot be timed and for an option that would have no effect."""
+    for name, whats in ACTS_ON.items():
+        if config.what not in whats and getattr(config, name) != BenchConfig.__dataclass_fields__[name].default:
+            raise ConfigError(f"{flag(name)} has no effect with bench {config.what}; it belongs to bench "
+                              f"{' and '.join(whats)}.")
+    if config.what == "step":
+        check_wire(config.sync, config.wire)
+        if config.servers is not None and (config.sync != "server" or config.servers > size):
+            raise ConfigError(f"--servers {config.servers} has no effect with --sync {config.sync} on {size} ranks; it "
+                              "belongs to --sync server with at least as many ranks.")
+    if len(config.sizes) < 2:
+        raise ConfigError(f"--sizes {','.join(map(str, config.sizes))}: give at least two widths, input and output.")
+    if config.what == "io" and config.data is None:
+        raise ConfigError("bench io needs --data DIR, a data set directory made by 'hpcmlp prepare'.")
 
 
 def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
@@ -49,18 +70,25 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     Collective.
     """
     rank, size, batch_rows = topology.rank, topology.size, config.global_batch_size
-    rows = (rank + 1) * batch_rows // size - rank * batch_rows // size
-    if len(config.sizes) < 2:
-        raise ConfigError(f"--sizes {config.sizes}: give at least two widths, input and output.")
+    roles = None
+    if config.sync == "server":
+        from hpcmlp.comm.served import Roles
+        roles = Roles(config.servers or 1, size)
+    number, count = (rank, size) if roles is None else roles.share(rank) or (0, batch_rows + 1)
+    rows = (number + 1) * batch_rows // count - number * batch_rows // count
     ops = open_ops(config.device, topology.local_rank)
     spec = NetworkSpec(tuple(config.sizes))
     layout = spec.layout()
-    exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire)
+    exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire,
+                             servers=config.servers or 1)
     on_host = config.device == "cpu"
     network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
                       exchange.grads if on_host else None)
     ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
     buckets = cut(layout.size, spec.layer_starts(), BUCKET_ELEMENTS, size)
+    if roles is not None:
+        from hpcmlp.sync.server import one_bucket
+        buckets = one_bucket(layout.size, roles)
     strategy = make_strategy(False, exchange.collective.narrow)(exchange.collective, buckets, size, network.params,
                                                                 network.grads, ops)
     optimizer = make_optimizer(config.optimizer, ops, layout, strategy.ranges, np.float32)
@@ -148,25 +176,83 @@ def time_gemm(config: BenchConfig, topology: Topology) -> dict[str, Any]:
 
 
 def time_comm(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
-    """Return the time of an all-reduce for each algorithm and size. Collective."""
+    """Return the time of an all-reduce by each algorithm, of copying memory and of a message, over sizes. Collective.
+
+    algorithm : "shared" and "ring", ours; "native", MPI_Reduce_scatter and MPI_Allgatherv, which a step uses with
+        --sync native; "MPI_Allreduce", the library's own; "copy", np.copyto of as many bytes by all ranks at once;
+        "message", half a round trip between the first and the last rank.
+    us : median over calls of the slowest rank's time, microseconds; gb_per_s : bytes of the array / us.
+    of_copy : the copy's time / that of the algorithm, None for messages. On a node of P ranks an all-reduce of n bytes
+        must read its share of P arrays, P n/P = n bytes on each rank, and write the sum into all of them, again n
+        bytes: what the copy reads and writes. So 1 is the bound that memory sets, whatever way the numbers take.
+    """
     rows = []
     for num_bytes in COMM_BYTES:
-        count = max(5, min(config.steps, int(2e8 / max(num_bytes, 2e5))))
-        for algorithm in COLLECTIVES:
-            exchange = open_exchange(algorithm, topology, num_bytes // 4, np.float32)
-            array = exchange.grads
-            us = 1e3 * _median(topology, lambda c=exchange.collective, a=array: c.all_reduce(a), 2 * count, skip=count)
-            rows.append({"algorithm": exchange.name, "bytes": num_bytes, "ranks": topology.size, "us": us,
-                         "gb_per_s": num_bytes / us / 1e3})
-            del array
-            exchange.params = exchange.grads = None
-            exchange.collective.free()
+        actions, opened = _comm_actions(topology, num_bytes // 4)
+        count = max(2, min(config.steps, int(2e7 / max(num_bytes, 1e5))))
+        times: dict[str, list[float]] = {name: [] for name in actions}
+        for _ in range(3):  # in turn, so that a change of the machine's speed meets all
+            for name, action in actions.items():
+                times[name].append(1e3 * _median(topology, action, 2 * count, skip=count))
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        medians |= {name: us / 2 for name, us in medians.items() if name == "message"}
+        for name, us in medians.items():
+            rows.append({"algorithm": name, "bytes": num_bytes, "ranks": topology.size, "us": us,
+                         "gb_per_s": num_bytes / us / 1e3,
+                         "of_copy": None if name == "message" else medians["copy"] / us})
+        actions.clear()
+        for collective in opened:
+            collective.free()
     return rows
+
+
+def _comm_actions(topology: Topology, size: int) -> tuple[dict[str, Callable[[], None]], list[Any]]:
+    """Return what `time_comm` times, by name, for float32 arrays of `size`, and the collectives to free after it."""
+    actions: dict[str, Callable[[], None]] = {}
+    opened = [make_collective("ring", topology), make_collective("native", topology)]
+    array, native = opened[0].empty(size, np.float32), opened[1]
+    bounds = np.arange(topology.size + 1) * size // topology.size
+
+    def in_halves() -> None:
+        native.reduce_scatter(array, bounds)
+        native.all_gather(array, bounds)
+
+    try:
+        shared = make_collective("shared", topology)
+        opened.append(shared)
+        actions["shared"] = partial(shared.all_reduce, shared.empty(size, np.float32))
+    except SharedUnavailable as reason:
+        if topology.rank == 0:
+            print(f"bench comm: shared is left out for {4 * size:,} bytes: {reason}", file=sys.stderr)
+    actions |= {"ring": partial(opened[0].all_reduce, array), "native": in_halves,
+                "MPI_Allreduce": partial(messages.sum_in_place, topology.comm, array),
+                "copy": partial(np.copyto, np.zeros_like(array), np.ones_like(array))}
+    if topology.size > 1:
+        actions["message"] = partial(messages.there_and_back, topology.comm, array, topology.size - 1)
+    return actions, opened
+
+
+def time_io(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
+    """Return the rates of every stage of the input; see `run.io_rates`. Collective."""
+    from hpcmlp.run.io_rates import IoRates
+    limit = None if config.memory_limit is None else config.memory_limit * 2**20
+    return IoRates(config.data, open_ops("cpu", topology.local_rank), topology, config.global_batch_size, config.steps,
+                   limit).run()
 
 
 def _table(result: dict[str, Any] | list[dict[str, Any]]) -> str:
     rows = result if isinstance(result, list) else [result]
     names = list(rows[0])
-    cells = [names, *([f"{r[n]:.3f}" if isinstance(r[n], float) else str(r[n]) for n in names] for r in rows)]
+    cells = [names, *([_cell(r[n]) for n in names] for r in rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(names))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_cell(v)}" for name, v in value.items())
+    if isinstance(value, list):
+        return "-".join(map(str, value))
+    return "-" if value is None else str(value)

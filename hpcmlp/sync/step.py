@@ -12,7 +12,9 @@ from hpcmlp.sync.control import ControlWords
 class StepResult:
     """What one step tells: sums over all ranks, and this rank's seconds.
 
-    `loss` is the weighted mean over the global batch; `grad_norm` is None unless it was asked for or needed.
+    `loss` is the weighted mean over the global batch; `grad_norm` is None unless it was asked for or needed. `steps`
+    says over how many steps the sums go, and `round` (`sync.local.RoundResult`) what was learned from those between
+    two meetings: 1 and None but for local steps.
     """
 
     rows: int = 0
@@ -24,6 +26,8 @@ class StepResult:
     replicas_agree: bool = True
     compute_s: float = 0.0
     comm_s: float = 0.0
+    steps: int = 1
+    round: Any = None
 
 
 class Step:
@@ -71,7 +75,7 @@ class Step:
         if stop:
             words.ask_to_stop()
         if check:
-            words.put_checksum(self.ops.checksum(self.strategy.params))
+            words.put_checksum(self.checksum())
         self._gradient(batch, step)
         computed = perf_counter()
         self.strategy.reduce(words.array)
@@ -97,6 +101,10 @@ class Step:
         result.compute_s = computed - started + updated - reduced
         result.comm_s = reduced - computed + shared - updated
         return result
+
+    def checksum(self) -> int:
+        """Return the checksum of what must be the same on all ranks: the parameters. Local."""
+        return self.ops.checksum(self.strategy.params)
 
     def _gradient(self, batch: Any, step: int) -> None:
         """Write the gradient of the weighted loss sum over this rank's batch, and its control words."""

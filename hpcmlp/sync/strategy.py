@@ -10,7 +10,6 @@ A strategy takes flat vectors and a collective; it knows neither networks nor MP
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,6 +47,11 @@ class SlicedUpdate:
 
     def _ranges(self) -> list[tuple[int, int]]:
         return owned_ranges(self.buckets, self.collective.part)
+
+    def go_on(self, collective: Any, buckets: list[Bucket], size: int) -> None:
+        """Use another collective among other ranks; this rank's ranges must be the ones it had. Local."""
+        self.collective, self.buckets, self.size = collective, buckets, size
+        assert self._ranges() == self.ranges
 
     def reduce(self, words: np.ndarray) -> None:
         """Sum the gradient and the control words over the ranks.
@@ -170,14 +174,3 @@ class WholeUpdate(SlicedUpdate):
 
     def _gather(self, flat: np.ndarray) -> None:
         pass
-
-
-def make_strategy(whole: bool, narrow: bool = False) -> Callable[..., SlicedUpdate]:
-    """Return the class of the strategy: WholeUpdate when `whole`, else NarrowUpdate when `narrow`, else SlicedUpdate.
-
-    Local. `narrow` as the collective's attribute says. With `whole` the summed gradient is gathered in float32.
-    """
-    if whole or not narrow:
-        return WholeUpdate if whole else SlicedUpdate
-    from hpcmlp.sync.narrow import NarrowUpdate  # few runs want it
-    return NarrowUpdate
