@@ -29,9 +29,8 @@ from hpcmlp.sync.step import Step
 ROWS = 8192  # made-up samples a rank draws its batches from
 BUCKET_ELEMENTS = 1 << 23
 ACTS_ON = {"sizes": ("step", "gemm"), "global_batch_size": ("step", "gemm", "io"), "sync": ("step",),
-           "servers": ("step",),
-           "wire": ("step",), "optimizer": ("step",), "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
-COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
+           "servers": ("step",), "bytes": ("comm",), "wire": ("step",), "optimizer": ("step",), "device": ("step",),
+           "data": ("io",), "memory_limit": ("io",)}
 
 
 def main(config: BenchConfig, comm: Any) -> int:
@@ -187,7 +186,7 @@ def time_comm(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
         bytes: what the copy reads and writes. So 1 is the bound that memory sets, whatever way the numbers take.
     """
     rows = []
-    for num_bytes in COMM_BYTES:
+    for num_bytes in (4 * (size // 4) for size in config.bytes):
         actions, opened = _comm_actions(topology, num_bytes // 4)
         count = max(2, min(config.steps, int(2e7 / max(num_bytes, 1e5))))
         times: dict[str, list[float]] = {name: [] for name in actions}
