@@ -154,7 +154,11 @@ class TrainConfig:
                        "is the ring")
     full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
                                "form, for comparison)")
-    bucket_mb: float = option(32.0, above=0.0, help="size of a bucket of gradients, MiB")
+    overlap: bool | None = option(None, kind=bool, help="send buckets of gradients while backward goes on, and gather "
+                                  "parameters while the next forward pass does (default: between nodes)")
+    bucket_mb: float | None = option(None, kind=float, above=0.0, help="size of a bucket of gradients, MiB (default: "
+                                     "32; with overlap as latency and bandwidth of the links, measured at the start, "
+                                     "have it: give it where runs are to have the same bits)")
     memory_limit: float | None = option(None, kind=float, above=0.0, help="memory for the samples of one rank, MiB; "
                                         "larger sets are streamed", metavar="MIB")
     replica_check_every: int = option(100, low=0, help="steps between checks that all ranks hold the same parameters; "
@@ -226,6 +230,9 @@ class BenchConfig:
     steps: int = option(200, low=5, help="timed steps")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined")
     wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in (bench step)")
+    overlap: bool | None = option(None, kind=bool, help="messages travel while the ranks compute (bench step; default: "
+                                  "between nodes)")
+    bucket_mb: float | None = option(None, kind=float, above=0.0, help="size of a bucket of gradients, MiB (bench step)")
     optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     json: bool = option(False, help="print one JSON object and nothing else")

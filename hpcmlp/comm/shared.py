@@ -44,6 +44,8 @@ class Shared:
 
     WAITS = ("_meet",)  # methods that only wait for other ranks, for whoever measures them
 
+    starts = True
+
     def __init__(self, topology: Topology, make_cross: Callable[[MPI.Intracomm], Ring] = Ring):
         self.topology = topology
         self.comm, self.node = topology.comm, topology.node.Dup()
@@ -230,6 +232,17 @@ class Shared:
         if self._cross.size > 1:
             self._cross.all_reduce(array)
         self._meet(self._word_table)
+
+    def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
+        """Return what `Ring.least_bytes` says of the ring between nodes, for an array of which each rank carries a share.
+
+        Collective over the ranks. On one node nothing is sent, so no array is large enough.
+        """
+        if self._cross.size == 1:
+            return 2**62
+        most = np.array([self._cross.least_bytes(delay_s, loss) * self.local_size], np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, most, MPI.MAX)
+        return int(most[0])
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Copy `array` of rank `root` to all ranks, in place. Collective over the ranks."""

@@ -19,12 +19,11 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
-from hpcmlp.sync.buckets import cut
-from hpcmlp.sync.step import Step
+from hpcmlp.sync.buckets import plan
+from hpcmlp.sync.step import Step, hidden_share
 from hpcmlp.sync.strategy import make_strategy
 
 ROWS = 8192  # made-up samples a rank draws its batches from
-BUCKET_ELEMENTS = 1 << 23
 COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 
 
@@ -35,6 +34,11 @@ def main(config: BenchConfig, comm: Any) -> int:
             check_wire(config.sync, config.wire)
         elif config.wire != "float32":
             raise ConfigError(f"--wire has no effect with bench {config.what}; it belongs to bench step.")
+        elif config.overlap is not None or config.bucket_mb is not None:
+            raise ConfigError(f"--overlap and --bucket-mb have no effect with bench {config.what}; they belong to bench "
+                              "step.")
+        if config.overlap and config.sync == "native":
+            raise ConfigError("--overlap has no effect with --sync native, which sends nothing in the background.")
     topology = Topology(comm)
     result = {"step": time_step, "comm": time_comm, "gemm": time_gemm}[config.what](config, topology)
     if comm.rank == 0:
@@ -57,36 +61,41 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     layout = spec.layout()
     exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire)
     on_host = config.device == "cpu"
+    planned = plan(spec, exchange.collective, size, topology.num_nodes, config.bucket_mb, config.overlap)
     network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
-                      exchange.grads if on_host else None)
+                      exchange.grads if on_host else None, piece=planned.piece)
     ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
-    buckets = cut(layout.size, spec.layer_starts(), BUCKET_ELEMENTS, size)
-    strategy = make_strategy(False, exchange.collective.narrow)(exchange.collective, buckets, size, network.params,
-                                                                network.grads, ops)
+    kind = make_strategy(False, exchange.collective.narrow, planned.overlap)
+    strategy = kind(exchange.collective, planned.buckets, size, network.params, network.grads, ops)
     optimizer = make_optimizer(config.optimizer, ops, layout, strategy.ranges, np.float32)
     step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows)
     batches = _batches(spec.sizes, rows, rank)
     counter = iter(range(1 << 40))
-    parts: dict[str, list[float]] = {"compute": [], "comm": []}
+    parts: dict[str, list[float]] = {"compute": [], "comm": [], "flight": []}
 
     def whole_step() -> None:
         number = next(counter)
         result = step.run(batches[number % len(batches)], number, 1e-4)
         parts["compute"].append(result.compute_s)
         parts["comm"].append(result.comm_s)
+        parts["flight"].append(result.flight_s)
 
     gemms = _gemms(spec.sizes, rows)
     for action in (whole_step, gemms):
-        _median(topology, action, max(3, config.steps // 10))
+        _median(topology, action, max(3, config.steps // 10), finish=strategy.finish)
     step_ms, floor_ms = [], []
     for _ in range(5):  # alternating, so that a change of the machine's speed meets both
-        step_ms.append(_median(topology, whole_step, max(1, config.steps // 5)))
+        if planned.overlap:
+            step_ms.append(_mean(topology, whole_step, max(1, config.steps // 5), strategy.finish))
+        else:
+            step_ms.append(_median(topology, whole_step, max(1, config.steps // 5)))
         floor_ms.append(_median(topology, gemms, max(1, config.steps // 5)))
     return {"what": "step", "sizes": list(spec.sizes), "global_batch_size": batch_rows, "ranks": size,
             "sync": exchange.name, "wire": exchange.wire,
             "step_ms": statistics.median(step_ms), "floor_ms": statistics.median(floor_ms),
             "parts": {name: 1e3 * statistics.median(values) for name, values in parts.items()},
-            "num_params": layout.num_params}
+            "overlap": planned.overlap, "buckets": len(planned.buckets), "bucket_mb": planned.bucket_mb,
+            "hidden": hidden_share(sum(parts["comm"]), sum(parts["flight"])), "num_params": layout.num_params}
 
 
 def _batches(sizes: tuple[int, ...], rows: int, rank: int) -> list[Batch]:
@@ -123,14 +132,31 @@ def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
     return run
 
 
-def _median(topology: Topology, action: Callable[[], None], count: int, skip: int = 0) -> float:
-    """Return the median over `count` calls of the slowest rank's time, ms, but for the first `skip`. Collective."""
+def _mean(topology: Topology, action: Callable[[], None], count: int, finish: Callable[[], None]) -> float:
+    """Return the mean time of `count` calls and of the end of what they leave under way, slowest rank, ms. Collective."""
+    messages.barrier(topology.comm)
+    begin = time.perf_counter()
+    for _ in range(count):
+        action()
+    finish()
+    taken = np.array([time.perf_counter() - begin])
+    messages.max_in_place(topology.comm, taken)
+    return 1e3 * float(taken[0]) / count
+
+
+def _median(topology: Topology, action: Callable[[], None], count: int, skip: int = 0,
+            finish: Callable[[], None] = lambda: None) -> float:
+    """Return the median over `count` calls of the slowest rank's time, ms, but for the first `skip`.
+
+    Collective. `finish` ends what the calls left under way, before the ranks talk about it.
+    """
     times = np.empty(count)
     messages.barrier(topology.comm)
     for k in range(count):
         begin = time.perf_counter()
         action()
         times[k] = time.perf_counter() - begin
+    finish()
     messages.max_in_place(topology.comm, times)
     return 1e3 * float(np.median(times[skip:]))
 

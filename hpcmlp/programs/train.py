@@ -29,15 +29,15 @@ from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, open_dataset, replica_error, versions
 from hpcmlp.run.session import Session
 from hpcmlp.run.signals import StopFlag
-from hpcmlp.sync.buckets import cut
-from hpcmlp.sync.step import Step, StepResult
+from hpcmlp.sync.buckets import plan
+from hpcmlp.sync.step import Step, StepResult, hidden_share
 from hpcmlp.sync.strategy import make_strategy
 
 # Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps"}
+                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps"}
 DEFAULT_EPOCHS = 10
 EVALUATION_ROWS = 1024
 LAST_STEPS = 10_000  # whose times give the median step of the summary
@@ -72,6 +72,9 @@ def check_fits(config: TrainConfig, manifest: Manifest) -> None:
     if config.epochs is not None and config.steps is not None:
         raise ConfigError("both --epochs and --steps are given; give one of them.")
     check_wire(config.sync, config.wire)
+    if config.overlap and (config.sync == "native" or config.full_update):
+        odd = "--full-update" if config.full_update else "--sync native"
+        raise ConfigError(f"--overlap has no effect with {odd}, which sends nothing in the background; leave one out.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
     if manifest.rows("train") == 0:
@@ -156,6 +159,7 @@ class Training:
         self.monitor = config.monitor if config.monitor != "auto" else \
             ("accuracy" if manifest.task == "classification" else "loss")
         self._spent = {"compute": 0.0, "comm": 0.0, "input": 0.0}
+        self._comm_s, self._flight_s = np.zeros(2), np.zeros(2)   # of this epoch, of this run
         self._step_times: deque[float] = deque(maxlen=LAST_STEPS)
         self._epoch_rows = self._epoch_s = 0.0
         self._save_s = 0.0
@@ -198,12 +202,13 @@ class Training:
         self.exchange = open_exchange(c.sync, topology, layout.size, np.float32, own_params=c.full_update,
                                       wire=c.wire)
         on_host = c.device == "cpu"
+        self.plan = plan(self.spec, self.exchange.collective, topology.size, topology.num_nodes, c.bucket_mb,
+                         False if c.full_update else c.overlap)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host else None,
-                               self.exchange.grads if on_host else None)
+                               self.exchange.grads if on_host else None, piece=self.plan.piece)
         ops.from_host(self._initial_parameters(), self.network.params)
-        buckets = cut(layout.size, self.spec.layer_starts(), int(c.bucket_mb * 2**20) // 4, topology.size)
-        strategy = make_strategy(c.full_update, self.exchange.collective.narrow)
-        self.strategy = strategy(self.exchange.collective, buckets, topology.size, self.network.params,
+        strategy = make_strategy(c.full_update, self.exchange.collective.narrow, self.plan.overlap)
+        self.strategy = strategy(self.exchange.collective, self.plan.buckets, topology.size, self.network.params,
                                  self.network.grads, ops)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
         average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
@@ -289,7 +294,8 @@ class Training:
                           f"thread(s) for rank 0"),
                 ("MPI", f"{width}, sync {self.exchange.name}"
                         f"{f', {self.exchange.wire} on the wire' if self.exchange.wire != 'float32' else ''}"
-                        f"{', whole update' if c.full_update else ''}"),
+                        f"{', whole update' if c.full_update else ''}"
+                        f"{self._overlap_text()}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
                                        if c.device == "cpu" else "")),
                 ("data", f"{m.name}: {rows} rows of {m.num_features} features, {m.task}, {self.loader.mode}"),
@@ -297,6 +303,12 @@ class Training:
                             f"{self.network.layout.num_params:,} parameters, {self.loss.kind}"),
                 ("training", f"{c.optimizer} lr {c.lr:g} {c.schedule}, global batch {c.global_batch_size}, "
                              f"{self.total_steps:,} steps ({self.steps_per_epoch} an epoch)")]
+
+    def _overlap_text(self) -> str:
+        number = len(self.plan.buckets)
+        if not self.plan.overlap:
+            return ""
+        return f", overlapped in {number} bucket{'s' * (number > 1)} of {self.plan.bucket_mb:g} MiB"
 
     def _loop(self, flag: StopFlag) -> None:
         """The steps of the run, each as the design's section 3 has it."""
@@ -370,6 +382,8 @@ class Training:
         progress.step = number + 1
         for name, seconds in (("compute", result.compute_s), ("comm", result.comm_s), ("input", input_s)):
             self._spent[name] += seconds
+        self._comm_s += result.comm_s
+        self._flight_s += result.flight_s
         self._step_times.append(step_s)
         self._epoch_rows += result.rows
         self._epoch_s += step_s
@@ -384,7 +398,7 @@ class Training:
             self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": result.loss,
                        "lr": self.schedule.lr(number), "grad_norm": result.grad_norm,
                        "samples_per_s": result.rows / step_s, "compute_s": result.compute_s,
-                       "comm_s": result.comm_s, "input_s": input_s})
+                       "comm_s": result.comm_s, "hidden": result.hidden, "input_s": input_s})
         every = self.config.print_every
         if every and (number + 1) % every == 0:
             self.console.line(f"Step {number + 1}, loss = {result.loss:.2f}")
@@ -399,11 +413,14 @@ class Training:
         if self.val is not None and ((epoch + 1) % c.validate_every == 0 or progress.step == self.total_steps):
             val = self._validate()
         rate = self._epoch_rows / self._epoch_s
+        hidden = hidden_share(self._comm_s[0], self._flight_s[0])
+        self._comm_s[0] = self._flight_s[0] = 0.0
         self._epoch_rows = self._epoch_s = 0.0
         self.console.line(epoch_line(epoch + 1, None if c.steps is not None else self.total_steps //
-                                     self.steps_per_epoch, train_loss, val, rate, self._spent))
+                                     self.steps_per_epoch, train_loss, val, rate, self._spent,
+                                     hidden if self.plan.overlap else None))
         self._log({"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "train_loss": train_loss, "val": val,
-                   "samples_per_s": rate, "seconds": dict(self._spent)})
+                   "samples_per_s": rate, "seconds": dict(self._spent), "hidden": hidden})
         self._spent = dict.fromkeys(self._spent, 0.0)
         if c.early_stopping is not None and progress.worse >= c.early_stopping:
             self.console.line(f"stopped early: {self.monitor} has not improved in {progress.worse} validations")
@@ -494,7 +511,9 @@ class Training:
         self.directory.write("summary.json", to_json(
             {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
              "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": self.exchange.name,
-             "wire": self.exchange.wire, "device": c.device,
+             "wire": self.exchange.wire, "overlap": self.plan.overlap, "buckets": len(self.plan.buckets),
+             "bucket_mb": self.plan.bucket_mb, "hidden": hidden_share(self._comm_s[1], self._flight_s[1]),
+             "device": c.device,
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
              "parameters_sha256": layout.sha256(flat),
