@@ -95,6 +95,9 @@ class Step:
                             loss=words.loss / words.weight if words.weight else 0.0)
         if words.not_finite or words.weight == 0.0 or not result.replicas_agree:
             result.skipped = True
+            if words.not_finite and self.strategy.overlaps:
+                # It was on its way already; backward writes all of this anew, but for the gaps between tensors.
+                self.strategy.grads[...] = 0
             self._put_times(result, started, reduced - computed)
             return result
         factor = 1.0 / words.weight
