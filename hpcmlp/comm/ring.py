@@ -191,10 +191,9 @@ class Ring:
         if plan is None:
             tag = FIRST_TAG + 2 * (self._made % TAG_PAIRS)
             self._made += 1
-            plan = kind(self, array, [int(bound) for bound in bounds], num_words, tag)
-            self._plans[key] = plan
-            if len(self._plans) > MAX_PLANS:
+            if len(self._plans) >= MAX_PLANS:
                 self._drop_one()
+            plan = self._plans[key] = kind(self, array, [int(bound) for bound in bounds], num_words, tag)
         self._plans.move_to_end(key)
         return plan
 
