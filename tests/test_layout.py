@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "hpcmlp"
 
 # Left may not import right. Folders that share a place do not import each other.
-LAYERS = [("errors",), ("launch",), ("ops",), ("nn", "comm", "data"), ("sync",), ("run",), ("programs",), ("cli",),
-          ("__main__",)]
+LAYERS = [("errors",), ("node_memory",), ("launch",), ("ops",), ("nn", "comm", "data"), ("sync",), ("run",),
+          ("programs",), ("cli",), ("__main__",)]
 # Within a folder a module imports only what stands before it; the folder's own name is its __init__.
 INSIDE = {
     "ops": "counter activations losses plain blocked _fused host device ops",
@@ -22,8 +22,8 @@ INSIDE = {
     "data": "data files guard layouts tables csv_numbers manifest order arrays csv_reader hdf5_reader idx_reader "
             "npz_reader parquet_reader readers row_file splits statistics download sources targets preprocess cleaning "
             "selection summary shards describe samples resident streamed loader",
-    "sync": "sync buckets control strategy narrow step",
-    "run": "run faults signals checkpoint directory coordinator session roc evaluation curves trace",
+    "sync": "buckets control strategy narrow overlap sync step local",
+    "run": "run faults signals checkpoint directory coordinator session roc evaluation curves trace timeline io_rates",
     "programs": "programs prepare train evaluate predict inspect report bench",
 }
 # config stands beside the row: it imports errors only, and programs and cli alone import it.

@@ -1,23 +1,19 @@
 """Time the whole training step of PyTorch: DDP over gloo, or one process, eager or compiled.
 
 A step gathers a random batch from resident float32 samples, clears the gradients, runs forward, cross entropy and
-backward and updates with Adam: what `hpcmlp bench step` times. DDP: processes on this machine over the loopback, one
-BLAS thread each, each with its share of the global batch; a step takes as long as its slowest process.
-Prints one JSON object with `step_ms` (median). Runs in the peers' environment (torch, numpy), which has no hpcmlp.
+backward and updates with Adam: what `hpcmlp bench step` times. DDP: processes on this machine over the loopback, each
+with its share of the global batch; a step takes as long as its slowest process. See peer.py for how it is asked.
+Runs in the peers' environment, which has no hpcmlp.
 """
 
 import argparse
-import json
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-
-ROWS = 8192  # resident samples, as in hpcmlp bench step
-BATCHES = 16
+from peer import BATCHES, make_parser, samples, take_turns, time_steps
 
 
 def make_step(args: argparse.Namespace, rank: int, rows: int) -> Callable[[int], None]:
@@ -34,9 +30,8 @@ def make_step(args: argparse.Namespace, rank: int, rows: int) -> Callable[[int],
         network = torch.compile(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=args.fused)
     criterion = torch.nn.CrossEntropyLoss()
-    source = torch.randn(ROWS, sizes[0])
-    labels = torch.randint(0, sizes[-1], (ROWS,))
-    index = [torch.randint(0, ROWS, (rows,)) for _ in range(BATCHES)]
+    x, y, index = samples(sizes, rows, rank)
+    source, labels, index = torch.from_numpy(x), torch.from_numpy(y), [torch.from_numpy(i) for i in index]
 
     def step(number: int) -> None:
         batch = index[number % BATCHES]
@@ -47,58 +42,60 @@ def make_step(args: argparse.Namespace, rank: int, rows: int) -> Callable[[int],
     return step
 
 
-def time_steps(args: argparse.Namespace, step: Callable[[int], None]) -> list[float]:
-    """Return the milliseconds of each step after a warm-up."""
-    for number in range(max(5, args.steps // 10)):
-        step(number)
-    times = []
-    for number in range(args.steps):
-        begin = time.perf_counter()
-        step(number)
-        times.append(1e3 * (time.perf_counter() - begin))
-    return times
-
-
-def run_rank(rank: int, args: argparse.Namespace, meeting: str) -> None:
-    """One process of the DDP run; process 0 prints."""
+def run_rank(rank: int, args: argparse.Namespace, meeting: str, asked: list[Any], said: Any) -> None:
+    """One process of the DDP run: takes the turns that its queue asks for; process 0 answers for all."""
     import torch.distributed as dist
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(args.threads)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=args.ranks)
     rows = (rank + 1) * args.global_batch_size // args.ranks - rank * args.global_batch_size // args.ranks
-    times = torch.tensor(time_steps(args, make_step(args, rank, rows)), dtype=torch.float64)
-    dist.all_reduce(times, dist.ReduceOp.MAX)
-    if rank == 0:
-        say(args, times.tolist())
+    step = make_step(args, rank, rows)
+    while (count := asked[rank].get()) > 0:
+        dist.barrier()
+        times = torch.tensor(time_steps(step, count), dtype=torch.float64)
+        dist.all_reduce(times, dist.ReduceOp.MAX)
+        if rank == 0:
+            said.put(times.tolist())
     dist.barrier()
     os._exit(0)  # gloo's own threads now and then abort the process when the group is taken down in order
 
 
-def say(args: argparse.Namespace, times: list[float]) -> None:
-    print(json.dumps({"mode": args.mode, "fused": args.fused, "sizes": args.sizes, "ranks": args.ranks,
-                      "global_batch_size": args.global_batch_size, "threads": args.threads, "torch": torch.__version__,
-                      "step_ms": statistics.median(times), "fastest_ms": min(times)}), flush=True)
+def run_ddp(args: argparse.Namespace, about: dict) -> None:
+    """Start the processes, hand turns on to them, end them."""
+    context = torch.multiprocessing.get_context("spawn")
+    asked, said = [context.SimpleQueue() for _ in range(args.ranks)], context.SimpleQueue()
+
+    def turn(count: int) -> list[float]:
+        for queue in asked:
+            queue.put(count)
+        return said.get()
+
+    with tempfile.TemporaryDirectory() as folder:
+        processes = torch.multiprocessing.spawn(run_rank, (args, os.path.join(folder, "meeting"), asked, said),
+                                                args.ranks, join=False)
+        turn(5)
+        take_turns(about, turn)
+        for queue in asked:
+            queue.put(0)
+        processes.join()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--mode", choices=("ddp", "eager", "compile"), required=True)
     parser.add_argument("--fused", action="store_true", help="Adam(fused=True)")
-    parser.add_argument("--sizes", type=lambda text: [int(w) for w in text.split(",")], required=True)
-    parser.add_argument("--global-batch-size", type=int, required=True)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--ranks", type=int, default=2, help="processes of the DDP run")
-    parser.add_argument("--threads", type=int, help="BLAS threads of a process (default: 1 for ddp, else 2)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of the DDP run")
     args = parser.parse_args()
-    args.threads = args.threads or (1 if args.mode == "ddp" else 2)
+    about = {"peer": "torch", "version": torch.__version__, "mode": args.mode, "fused": args.fused,
+             "processes": args.ranks, "threads": args.threads}
     if args.mode == "ddp":
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(run_rank, (args, os.path.join(folder, "meeting")), args.ranks)
+        run_ddp(args, about)
         return
-    args.ranks = 1
     torch.set_num_threads(args.threads)
-    say(args, time_steps(args, make_step(args, 0, args.global_batch_size)))
+    step = make_step(args, 0, args.global_batch_size)
+    time_steps(step, 5)  # compiles
+    take_turns(about, lambda count: time_steps(step, count))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ class Exchange:
     """Collectives with the two flat vectors that they serve best.
 
     `params` is meant for what all ranks hold alike (one copy per node in shared memory, unless `own_params`), `grads`
-    is this rank's own. `wire` is what crosses the network. `note` says what is not as it was asked for, and why; "" when
-    all is.
+    is this rank's own. `wire` is what crosses the network. `note` says what is not as it was asked for, and why; ""
+    when all is.
     """
 
     name: str
@@ -64,8 +64,8 @@ def check_wire(sync: str, wire: str) -> None:
     Only our ring does the additions itself: MPI's operations take float32.
     """
     if wire != "float32" and sync == "native":
-        raise ConfigError(f"--wire {wire} has no effect with --sync {sync}: only our own ring sends narrow numbers; give "
-                          "--sync auto, shared or ring, or use --wire float32.")
+        raise ConfigError(f"--wire {wire} has no effect with --sync {sync}: only our own ring sends narrow numbers; "
+                          "give --sync auto, shared or ring, or use --wire float32.")
 
 
 def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False,
@@ -81,13 +81,15 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     check_wire(name, wire)
     note = ""
     if name == "shared" or (name == "auto" and topology.size > topology.num_nodes):
-        narrow = wire if topology.num_nodes > 1 else "float32"
+        narrow, shared = wire if topology.num_nodes > 1 else "float32", None
         try:
             shared = Shared(topology, partial(make_ring, wire=narrow))
             return Exchange("shared", shared, *_vectors(shared, size, dtype, own_params), narrow,
                             "" if narrow == wire else _idle(wire, "all ranks share one node"))
         except SharedUnavailable as why:
             note = f"sync ring instead of shared: {why}"
+        if shared is not None:
+            shared.free()       # it may hold one of the two vectors
     name = "ring" if name in ("auto", "shared") else name
     if topology.size == 1 and wire != "float32":
         note, wire = _idle(wire, "there is one rank"), "float32"

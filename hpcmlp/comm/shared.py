@@ -9,25 +9,32 @@ Part p of the bounds belongs to the rank with local_rank * num_nodes + cross_ran
 rank is one contiguous run of parts. A sum begins with its owner's own numbers and goes on in the
 order of the local ranks, then around the ring: the same bits in every run, and on all ranks.
 
-Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter; nothing is sent. Memory order:
-each phase ends with Win.Sync and a barrier (MPI-4.1 section 12.5.4, separate accesses by load and store).
+Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter; nothing is sent. Between N nodes
+of L ranks each rank sends (N-1)/N n/L in each half. Memory order: each phase ends with Win.Sync and a barrier (MPI-4.1
+section 12.5.4, separate accesses by load and store).
 After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel programming", Computing 95 (2013).
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
+from hpcmlp import node_memory
+from hpcmlp.comm.messages import broadcast_bytes
 from hpcmlp.comm.ring import Bounds, Ring
 from hpcmlp.comm.topology import Topology
+from hpcmlp.errors import Unavailable
 
 BLOCK_BYTES = 1 << 17  # of one source while summing: the sources of a block stay in the cache
 STAGE_BYTES = 1 << 16  # larger ordinary arrays go round the ring
 WORDS = 64
 ALIGN_BYTES = 64
+SPARE_BYTES = 1 << 20  # of /dev/shm, for what the MPI library adds to a window
+# MPICH maps memory for a communicator's small collectives at the sixth of a kind, and dies of a bus error when there is
+# none left: let it do so before we take any.
+SETTLING_CALLS = 8
 
 
 class SharedUnavailable(Exception):
@@ -38,8 +45,9 @@ class Shared:
     """Collectives of all ranks, through memory inside a node.
 
     Collective over `topology.comm`. Raises SharedUnavailable, on all ranks, when nodes hold different numbers of ranks
-    or the shared-memory file system is too small for a first window. `make_cross` makes the ring between nodes from the
-    communicator of the ranks with one local rank; a `ring_wire.WireRing` makes only what crosses the network narrow.
+    or the shared-memory file system is too small for a first window; nothing stays allocated then. `make_cross` makes
+    the ring between nodes from the communicator of the ranks with one local rank; a `ring_wire.WireRing` makes only
+    what crosses the network narrow.
     """
 
     WAITS = ("_meet",)  # methods that only wait for other ranks, for whoever measures them
@@ -57,9 +65,17 @@ class Shared:
         self._ring: Ring | None = None
         self._windows: list[_Window] = []
         self._plans: dict[tuple, Any] = {}
-        self._check_even()
-        stage = self._window(STAGE_BYTES, common=False)
-        words = self._window(8 * WORDS, common=False)
+        self._stage = self._words = []
+        try:
+            self._check_even()
+            for _ in range(SETTLING_CALLS):
+                self._agree("")
+                self.node.Barrier()
+            stage = self._window(STAGE_BYTES, common=False)
+            words = self._window(8 * WORDS, common=False)
+        except SharedUnavailable:
+            self.free()
+            raise
         self._stage = [memory.view(np.uint8) for memory in stage.memories]
         self._words = [memory.view(np.float64) for memory in words.memories]
         self._word_table = words
@@ -92,13 +108,25 @@ class Shared:
 
     def _window(self, num_bytes: int, common: bool) -> "_Window":
         needed = num_bytes * (1 if common else self.local_size)
-        short = np.array([_shortage(needed) if self.local_rank == 0 else 0], np.int64)
-        self.comm.Allreduce(MPI.IN_PLACE, short, MPI.MAX)
-        if short[0]:
-            raise SharedUnavailable(f"/dev/shm lacks {short[0] / 2**20:.1f} MiB of the {needed / 2**20:.1f} MiB needed")
+        self._agree(_too_small(needed + SPARE_BYTES) if self.local_rank == 0 else "")
         window = _Window(self.node, num_bytes, common)
+        missing = window.fill()
+        try:
+            self._agree(f"another program took {missing / 2**20:.1f} of {needed / 2**20:.1f} MiB in /dev/shm while they "
+                        f"were allocated; {node_memory.advice()}" if missing else "")
+        except SharedUnavailable:
+            window.free()
+            raise
         self._windows.append(window)
         return window
+
+    def _agree(self, reason: str) -> None:
+        """Raise SharedUnavailable with the reason of the lowest rank that has one, on all ranks. Collective."""
+        first = np.array([self.rank if reason else self.size], np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
+        if first[0] < self.size:
+            text = reason.encode() if self.rank == first[0] else None
+            raise SharedUnavailable(broadcast_bytes(self.comm, text, int(first[0])).decode())
 
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
         """Sum over the ranks; this rank gets the sum of part `self.part`, in place.
@@ -215,8 +243,11 @@ class Shared:
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
         """Replace `array` by its sum over the ranks, with the same bits on all of them. Collective over the ranks."""
-        if self._find(array) is None and array.nbytes <= STAGE_BYTES and words is None:
-            self._all_reduce_small(array)
+        if self._find(array) is None:
+            if array.nbytes <= STAGE_BYTES and words is None:
+                self._all_reduce_small(array)
+            else:
+                self._on_ring().all_reduce(array, words)
             return
         bounds = [array.size * part // self.size for part in range(self.size + 1)]
         self.reduce_scatter(array, bounds, words)
@@ -340,12 +371,20 @@ class _Later:
 
 
 class _Window:
-    """Shared memory of the ranks of one node, zeroed by its owners."""
+    """Shared memory of the ranks of one node; `fill` before the first use.
+
+    Collective over `node`. MPI libraries take the file's name away at once, so that a killed job leaves none.
+    """
 
     def __init__(self, node: MPI.Intracomm, num_bytes: int, common: bool):
-        self.common = common
+        self.common, self._node = common, node
         room = -(-max(num_bytes, 1) // ALIGN_BYTES) * ALIGN_BYTES + ALIGN_BYTES
-        self.win = MPI.Win.Allocate_shared(room if not common or node.rank == 0 else 0, 1, MPI.INFO_NULL, node)
+        try:
+            self.win = MPI.Win.Allocate_shared(room if not common or node.rank == 0 else 0, 1, MPI.INFO_NULL, node)
+        except MPI.Exception as error:
+            # Other ranks may be inside the call for ever: the job ends by this one's word.
+            raise Unavailable(f"{node.size} x {room / 2**20:.1f} MiB of shared memory cannot be allocated "
+                              f"({error.Get_error_string()}); give --sync ring, or {node_memory.advice()}.") from None
         self.win.Lock_all(MPI.MODE_NOCHECK)
         self.memories = []
         for rank in range(1 if common else node.size):
@@ -354,13 +393,32 @@ class _Window:
             shift = -raw.ctypes.data % ALIGN_BYTES
             self.memories.append(raw[shift:shift + room - ALIGN_BYTES])
         own = self.memories[0 if common else node.rank]
-        if not common or node.rank == 0:
-            own[:] = 0  # first touch by the owner: its own memory on a machine with several
         self.start = own.ctypes.data
         self.stop = self.start + own.nbytes
+
+    def fill(self) -> int:
+        """Write zeros into what this rank owns of it and return how many bytes there is no memory for.
+
+        Collective over the node. First touch by the owner: its own memory on a machine with several. MPI libraries
+        promise a file's length but reserve no memory for it. So the kernel does the writing, by a read from
+        /dev/zero: it ends early where the file system is full, and a store of our own would be a bus error.
+        What has been touched stays.
+        """
+        missing = 0
+        if not self.common or self._node.rank == 0:
+            own = memoryview(self.memories[0 if self.common else self._node.rank])
+            with open("/dev/zero", "rb", buffering=0) as zeros:
+                at = 0
+                while at < len(own):
+                    try:
+                        at += zeros.readinto(own[at:])
+                    except OSError:
+                        missing = len(own) - at
+                        break
         self.win.Sync()
-        node.Barrier()
+        self._node.Barrier()
         self.win.Sync()
+        return missing
 
     def free(self) -> None:
         self.memories = []
@@ -368,10 +426,10 @@ class _Window:
         self.win.Free()
 
 
-def _shortage(needed: int) -> int:
-    """Return how many of `needed` bytes the shared-memory file system lacks; 0 when they fit or nobody knows."""
-    try:
-        disk = os.statvfs("/dev/shm")
-    except OSError:
-        return 0
-    return max(0, needed + (1 << 20) - disk.f_bavail * disk.f_frsize)
+def _too_small(needed: int) -> str:
+    """Return the sentence for a shared-memory file system with less than `needed` bytes; "" when there are enough."""
+    free = node_memory.free_bytes()
+    if free >= needed:
+        return ""
+    return (f"/dev/shm on {MPI.Get_processor_name()} has {free / 2**20:.1f} MiB free of the {needed / 2**20:.1f} MiB "
+            f"needed; {node_memory.advice()}")

@@ -11,7 +11,7 @@ import numpy as np
 from hpcmlp.comm import COLLECTIVES, check_wire, messages, open_exchange
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
-from hpcmlp.config import BenchConfig
+from hpcmlp.config import BenchConfig, flag
 from hpcmlp.data.samples import Batch
 from hpcmlp.errors import ConfigError
 from hpcmlp.nn.initializers import initialize
@@ -19,32 +19,44 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
-from hpcmlp.sync.buckets import plan
+from hpcmlp.sync import make_strategy, plan
 from hpcmlp.sync.step import Step, hidden_share
-from hpcmlp.sync.strategy import make_strategy
 
 ROWS = 8192  # made-up samples a rank draws its batches from
+ACTS_ON = {"sizes": ("step", "gemm"), "global_batch_size": ("step", "gemm", "io"), "sync": ("step",),
+           "wire": ("step",), "overlap": ("step",), "bucket_mb": ("step",), "optimizer": ("step",),
+           "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
 COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 
 
 def main(config: BenchConfig, comm: Any) -> int:
-    """Time what `config` names. Collective over `comm`; returns 0."""
+    """Time what `config` names. Collective over `comm`; returns 0, or raises HpcmlpError."""
     with agreed(comm):
-        if config.what == "step":
-            check_wire(config.sync, config.wire)
-        elif config.wire != "float32":
-            raise ConfigError(f"--wire has no effect with bench {config.what}; it belongs to bench step.")
-        elif config.overlap is not None or config.bucket_mb is not None:
-            raise ConfigError(f"--overlap and --bucket-mb have no effect with bench {config.what}; they belong to bench "
-                              "step.")
-        if config.overlap and config.sync == "native":
-            raise ConfigError("--overlap has no effect with --sync native, which sends nothing in the background.")
+        _check(config)
     topology = Topology(comm)
-    result = {"step": time_step, "comm": time_comm, "gemm": time_gemm}[config.what](config, topology)
+    timers = {"step": time_step, "comm": time_comm, "gemm": time_gemm, "io": time_io}
+    result = timers[config.what](config, topology)
     if comm.rank == 0:
         print(json.dumps(result) if config.json else _table(result), flush=True)
     topology.free()
     return 0
+
+
+def _check(config: BenchConfig) -> None:
+    """Raise ConfigError for what cannot be timed and for an option that would have no effect."""
+    for name, whats in ACTS_ON.items():
+        if config.what not in whats and getattr(config, name) != BenchConfig.__dataclass_fields__[name].default:
+            raise ConfigError(f"{flag(name)} has no effect with bench {config.what}; it belongs to bench "
+                              f"{' and '.join(whats)}.")
+    if config.what == "step":
+        check_wire(config.sync, config.wire)
+        if config.overlap and config.sync == "native":
+            raise ConfigError("--overlap has no effect with --sync native, which sends nothing while it computes; leave "
+                              "one out.")
+    if len(config.sizes) < 2:
+        raise ConfigError(f"--sizes {','.join(map(str, config.sizes))}: give at least two widths, input and output.")
+    if config.what == "io" and config.data is None:
+        raise ConfigError("bench io needs --data DIR, a data set directory made by 'hpcmlp prepare'.")
 
 
 def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
@@ -54,8 +66,6 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     """
     rank, size, batch_rows = topology.rank, topology.size, config.global_batch_size
     rows = (rank + 1) * batch_rows // size - rank * batch_rows // size
-    if len(config.sizes) < 2:
-        raise ConfigError(f"--sizes {config.sizes}: give at least two widths, input and output.")
     ops = open_ops(config.device, topology.local_rank)
     spec = NetworkSpec(tuple(config.sizes))
     layout = spec.layout()
@@ -190,9 +200,27 @@ def time_comm(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
     return rows
 
 
+def time_io(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
+    """Return the rates of every stage of the input; see `run.io_rates`. Collective."""
+    from hpcmlp.run.io_rates import IoRates
+    limit = None if config.memory_limit is None else config.memory_limit * 2**20
+    return IoRates(config.data, open_ops("cpu", topology.local_rank), topology, config.global_batch_size, config.steps,
+                   limit).run()
+
+
 def _table(result: dict[str, Any] | list[dict[str, Any]]) -> str:
     rows = result if isinstance(result, list) else [result]
     names = list(rows[0])
-    cells = [names, *([f"{r[n]:.3f}" if isinstance(r[n], float) else str(r[n]) for n in names] for r in rows)]
+    cells = [names, *([_cell(r[n]) for n in names] for r in rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(names))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    if isinstance(value, dict):
+        return " ".join(f"{name} {_cell(v)}" for name, v in value.items())
+    if isinstance(value, list):
+        return "-".join(map(str, value))
+    return "-" if value is None else str(value)

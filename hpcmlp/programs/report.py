@@ -1,4 +1,4 @@
-"""Draw learning curves and the split of time from a run's log."""
+"""Draw learning curves and the split of time from a run's log, and the timeline of a run that was traced."""
 
 from pathlib import Path
 from typing import Any
@@ -6,30 +6,44 @@ from typing import Any
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.config import ReportConfig
 from hpcmlp.errors import CannotWrite, ConfigError
+from hpcmlp.run import timeline
 from hpcmlp.run.curves import draw_curves
 
 
 def main(config: ReportConfig, comm: Any) -> int:
-    """Draw `curves.png` of the runs over each other. Collective over `comm`; rank 0 draws.
+    """Draw `curves.png` of the runs over each other, and tell and draw the timeline of a single one that has a trace.
 
-    Returns 0, or raises HpcmlpError: 78 without matplotlib, 66 without a log.
+    Collective over `comm`; rank 0 does all. Returns 0, or raises HpcmlpError: 78 without matplotlib, 66 without a log,
+    65 for a damaged log or trace, 73 where nothing can be written.
     """
     with agreed(comm):
         if comm.rank == 0:
-            print(draw(config))
+            directory = _directory(config)
+            traces = [path for path in (Path(run) / "trace.json" for run in config.runs) if path.exists()]
+            if len(config.runs) == 1 and traces:
+                ranks = timeline.read_trace(traces[0])
+                print("\n".join(timeline.table(traces[0], ranks)))
+            print(_drawn(draw_curves(config.runs, directory / "curves.png"), directory / "curves.png"))
+            if len(config.runs) == 1 and traces:
+                print(_drawn(timeline.draw(ranks, directory / "timeline.png"), directory / "timeline.png"))
+            elif traces:
+                print(f"timelines are drawn of one run at a time: {', '.join(map(str, traces))}")
     return 0
 
 
-def draw(config: ReportConfig) -> Path:
-    """Draw the picture and return its path. Local."""
+def _directory(config: ReportConfig) -> Path:
+    """Return where the pictures go, made if need be."""
     directory = Path(config.out or config.runs[0])
     if config.out:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CannotWrite(f"{directory}: cannot make this directory ({error.strerror}).") from None
-    path = directory / "curves.png"
-    missing = draw_curves(config.runs, path)
+    return directory
+
+
+def _drawn(missing: str | None, path: Path) -> Path:
+    """Return the path of the picture, or raise the sentence that says why there is none."""
     if missing:
         raise ConfigError(missing[0].upper() + missing[1:])
     return path

@@ -29,9 +29,8 @@ from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, open_dataset, replica_error, versions
 from hpcmlp.run.session import Session
 from hpcmlp.run.signals import StopFlag
-from hpcmlp.sync.buckets import plan
+from hpcmlp.sync import make_strategy, plan
 from hpcmlp.sync.step import Step, StepResult, hidden_share
-from hpcmlp.sync.strategy import make_strategy
 
 # Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
 # (but for its rounding).
@@ -72,11 +71,16 @@ def check_fits(config: TrainConfig, manifest: Manifest) -> None:
     if config.epochs is not None and config.steps is not None:
         raise ConfigError("both --epochs and --steps are given; give one of them.")
     check_wire(config.sync, config.wire)
-    if config.overlap and (config.sync == "native" or config.full_update):
-        odd = "--full-update" if config.full_update else "--sync native"
-        raise ConfigError(f"--overlap has no effect with {odd}, which sends nothing in the background; leave one out.")
+    alone = {"--sync native": config.sync == "native", "--full-update": config.full_update,
+             "--local-steps": config.local_steps > 1, "--outer-optimizer": config.outer_optimizer != "none"}
+    odd = [name for name, given in alone.items() if given]
+    if config.overlap and odd:
+        raise ConfigError(f"--overlap has no effect with {odd[0]}, which sends nothing while it computes; leave one out.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
+    for name in ("outer_lr", "outer_momentum"):
+        if getattr(config, name) is not None and config.outer_optimizer == "none":
+            raise ConfigError(f"{flag(name)} has no effect with --outer-optimizer none; it belongs to nesterov.")
     if manifest.rows("train") == 0:
         raise DataError(f"{config.data}: the data set has no training rows; prepare it with more rows or smaller "
                         "--val-fraction and --test-fraction.")
@@ -148,6 +152,7 @@ class Training:
             self.spec = NetworkSpec((manifest.num_features, *config.hidden,
                                      self.loss.num_outputs(manifest.task, manifest.num_outputs)),
                                     config.activation, config.dropout, config.layer_norm, config.residual)
+            self.local = config.local_steps > 1 or config.outer_optimizer != "none"
             self.steps_per_epoch = self.loader.steps_per_epoch
             epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
             self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
@@ -159,6 +164,8 @@ class Training:
         self.monitor = config.monitor if config.monitor != "auto" else \
             ("accuracy" if manifest.task == "classification" else "loss")
         self._spent = {"compute": 0.0, "comm": 0.0, "input": 0.0}
+        self._since = dict.fromkeys((*self._spent, "step"), 0.0)  # seconds since the ranks last met
+        self._print_due = False
         self._comm_s, self._flight_s = np.zeros(2), np.zeros(2)   # of this epoch, of this run
         self._step_times: deque[float] = deque(maxlen=LAST_STEPS)
         self._epoch_rows = self._epoch_s = 0.0
@@ -170,7 +177,11 @@ class Training:
         """Raise Unavailable when the network's vectors and activations cannot fit beside those of this node's ranks."""
         t, sizes = self.topology, self.spec.sizes
         flat = 4 * self.spec.layout().size
-        vectors = flat * (2 + moments / t.size + (self.manifest.rows("val") > 0))  # params, grads, moments, best
+        owners = 1 if self.config.full_update or self.local else t.size
+        # params, grads, moments, best; with local steps also where the ranks last met, and its momentum
+        vectors = flat * (2 + moments / owners + (self.manifest.rows("val") > 0) + 2 * self.local)
+        if self.config.wire != "float32" and t.size > 1:
+            vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
         rows = -(-self.loader.local_rows_max // self.config.accumulate)
         needed = int(vectors + 8 * rows * sum(sizes))
         available = available_bytes()
@@ -203,21 +214,39 @@ class Training:
                                       wire=c.wire)
         on_host = c.device == "cpu"
         self.plan = plan(self.spec, self.exchange.collective, topology.size, topology.num_nodes, c.bucket_mb,
-                         False if c.full_update else c.overlap)
-        self.network = Network(self.spec, ops, rows, self.exchange.params if on_host else None,
+                         False if c.full_update or self.local else c.overlap)
+        self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
                                self.exchange.grads if on_host else None, piece=self.plan.piece)
         ops.from_host(self._initial_parameters(), self.network.params)
-        strategy = make_strategy(c.full_update, self.exchange.collective.narrow, self.plan.overlap)
-        self.strategy = strategy(self.exchange.collective, self.plan.buckets, topology.size, self.network.params,
-                                 self.network.grads, ops)
+
+        def strategy(whole: bool, params: Any) -> Any:
+            make = make_strategy(whole, self.exchange.collective.narrow, self.plan.overlap)
+            return make(self.exchange.collective, self.plan.buckets, topology.size, params, self.network.grads, ops)
+
+        self.strategy = strategy(c.full_update or self.local, self.network.params)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
         average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
         if average is not None:
             average.start(self.network.params)
-        self.session = Session(self.comm, self.network, self.strategy, optimizer, average)
-        self.step = Step(self.network, self.loss, optimizer, self.strategy, ops, rows=self.loader.local_rows_max,
-                         micro_batches=c.accumulate, shift=self._on_device(m.load_shift),
-                         scale=self._on_device(m.load_scale), clip_norm=c.clip_norm, seed=c.seed, average=average)
+        parts = (self.network, self.loss, optimizer, self.strategy, ops)
+        options = dict(rows=self.loader.local_rows_max, micro_batches=c.accumulate, clip_norm=c.clip_norm, seed=c.seed,
+                       shift=self._on_device(m.load_shift), scale=self._on_device(m.load_scale), average=average)
+        if self.local:
+            from hpcmlp.sync.local import LocalStep  # few runs want it
+            anchor = self.exchange.params if on_host else ops.zeros((layout.size,), np.float32)
+            self.step = LocalStep(*parts, **options, meets=self._meets, outer=strategy(c.full_update, anchor),
+                                  outer_optimizer=c.outer_optimizer, outer_lr=c.outer_lr,
+                                  outer_momentum=c.outer_momentum)
+        else:
+            self.step = Step(*parts, **options)
+        self.session = Session(self.comm, self.network, self.strategy, optimizer, average,
+                               self.step if self.local else None)
+
+    def _meets(self, number: int) -> bool:
+        """Whether local steps end a round with step `number`: decided from facts that all ranks hold."""
+        c, t = self.config, number % self.steps_per_epoch
+        return ((t + 1) % c.local_steps == 0 or t == self.steps_per_epoch - 1 or number + 1 == self.total_steps
+                or (number + 1) % (c.checkpoint_every or self.steps_per_epoch) == 0)
 
     def _on_device(self, values: list[float] | None) -> Any:
         """Return float32 `values` where the arithmetic runs."""
@@ -279,6 +308,8 @@ class Training:
         self.console.line(header(self._header()))
         if self.exchange.note:
             self.console.line(self.exchange.note)
+        if self.config.overlap and not self.plan.overlap:
+            self.console.line("overlap has nothing to act on: there is one rank")
         if restored:
             self.console.line(f"resumed at step {step} of {self.total_steps}")
 
@@ -302,7 +333,9 @@ class Training:
                 ("network", f"{'-'.join(map(str, self.spec.sizes))} {c.activation}, "
                             f"{self.network.layout.num_params:,} parameters, {self.loss.kind}"),
                 ("training", f"{c.optimizer} lr {c.lr:g} {c.schedule}, global batch {c.global_batch_size}, "
-                             f"{self.total_steps:,} steps ({self.steps_per_epoch} an epoch)")]
+                             f"{self.total_steps:,} steps ({self.steps_per_epoch} an epoch)"),
+                *([("rounds", f"of up to {c.local_steps} local steps, then {self.step.describe()}")] if self.local
+                  else [])]
 
     def _overlap_text(self) -> str:
         number = len(self.plan.buckets)
@@ -313,6 +346,7 @@ class Training:
     def _loop(self, flag: StopFlag) -> None:
         """The steps of the run, each as the design's section 3 has it."""
         c, progress, skips = self.config, self.session.progress, 0
+        log = check = False
         fault = None
         if "HPCMLP_FAULT" in os.environ:
             from hpcmlp.run.faults import planned_fault  # tests only
@@ -328,19 +362,23 @@ class Training:
             loaded = time.perf_counter()
             if fault is not None:
                 fault.strike(number, self.network.params)
-            log = (number + 1) % c.log_every == 0
-            check = c.replica_check_every > 0 and number % c.replica_check_every == 0
-            result = self.step.run(batch, number, self.schedule.lr(number), stop=flag.poll(2 * self._save_s),
+            # What is due within a round of local steps waits for its end.
+            log |= (number + 1) % c.log_every == 0
+            check |= c.replica_check_every > 0 and number % c.replica_check_every == 0
+            result = self.step.run(batch, number, self.schedule.lr(number), stop=flag.poll(self._lead_s()),
                                    check=check, want_norm=log)
             if not result.replicas_agree:
-                raise replica_error(self.comm, self.ops.checksum(self.network.params), number)
-            skips = skips + 1 if result.skipped else 0
+                raise replica_error(self.comm, self.step.checksum(), number)
             self._account(result, number, epoch, loaded - begin, time.perf_counter() - begin, log)
+            if not result.steps:
+                continue
+            log = check = False
+            skips = skips + 1 if result.skipped else 0
             final = number + 1 == self.total_steps
-            if skips >= (min(MOST_SKIPS, self.steps_per_epoch) if final else MOST_SKIPS):
-                raise _alike(RunFailed(f"{skips} steps in a row, the last at step {number + 1}, had a loss or gradient "
-                                       "that is not finite; lower --lr, add --warmup-steps or --clip-norm, or check "
-                                       "the data."))
+            if skips >= (min(MOST_SKIPS, -(-self.steps_per_epoch // c.local_steps)) if final else MOST_SKIPS):
+                raise _alike(RunFailed(f"{skips} {'rounds' if self.local else 'steps'} in a row, the last at step "
+                                       f"{number + 1}, had a loss or gradient that is not finite; lower --lr, add "
+                                       "--warmup-steps or --clip-norm, or check the data."))
             ended = self._end_epoch(epoch) if t == self.steps_per_epoch - 1 else False
             last = ended or final
             every = c.checkpoint_every or self.steps_per_epoch
@@ -355,14 +393,22 @@ class Training:
                 break
         self._write_trace()
 
+    def _lead_s(self) -> float:
+        """Seconds before the time limit at which to stop: for the save, and for local steps until the ranks meet."""
+        step_s = self._step_times[-1] if self._step_times else 0.0
+        return 2 * self._save_s + (min(self.config.local_steps, self.steps_per_epoch) - 1) * step_s
+
     def _open_trace(self) -> None:
         """Plan to record steps of this run: after a warm-up, but half of a very short run."""
         from hpcmlp.run import trace  # only who asks for it pays for the import
         start = self.session.progress.step
         first = start + min(trace.WARMUP_STEPS, (self.total_steps - start) // 2)
         stop = min(first + (self.config.trace_steps or trace.DEFAULT_STEPS), self.total_steps)
-        self.trace = trace.Recorder(self.comm, self.step, self.loader, first, stop,
-                                    [(self, "_validate", "validation"), (self, "_save", "save")])
+        others = [(self, "_validate", "validation"), (self, "_save", "save")]
+        if self.local:
+            others += [(self.step, "meet", "meet"), *((self.step.outer, name, f"outer {name}")
+                                                      for name in ("reduce", "update", "share", "grad_norm"))]
+        self.trace = trace.Recorder(self.comm, self.step, self.loader, first, stop, others)
 
     def _write_trace(self) -> None:
         """Write what was recorded, if that is still to be done; a failure to write ends all ranks alike. Collective."""
@@ -380,27 +426,39 @@ class Training:
         """Count a finished step, and log it where it is due."""
         progress = self.session.progress
         progress.step = number + 1
+        since = self._since
         for name, seconds in (("compute", result.compute_s), ("comm", result.comm_s), ("input", input_s)):
             self._spent[name] += seconds
+            since[name] += seconds
+        since["step"] += step_s
         self._comm_s += result.comm_s
         self._flight_s += result.flight_s
-        self._step_times.append(step_s)
-        self._epoch_rows += result.rows
         self._epoch_s += step_s
+        self._print_due |= bool(self.config.print_every) and (number + 1) % self.config.print_every == 0
+        if not result.steps:
+            return
+        mean = {name: seconds / result.steps for name, seconds in since.items()}
+        self._since = dict.fromkeys(since, 0.0)
+        self._step_times.append(mean["step"])
+        self._epoch_rows += result.rows
         if result.skipped:
-            progress.skipped += 1
+            progress.skipped += result.steps
             self._log({"kind": "event", "event": "skipped update", "step": number + 1,
                        "reason": "loss or gradient not finite"})
         else:
             progress.loss_sum += result.loss * result.weight
             progress.weight_sum += result.weight
+        if result.round is not None and (result.round.lost_steps or result.round.left_out):
+            self._log({"kind": "event", "event": "left out", "step": number + 1, "ranks": result.round.left_out,
+                       "rank_steps": result.round.lost_steps, "reason": "loss, gradient or state not finite"})
         if log:
             self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": result.loss,
                        "lr": self.schedule.lr(number), "grad_norm": result.grad_norm,
-                       "samples_per_s": result.rows / step_s, "compute_s": result.compute_s,
-                       "comm_s": result.comm_s, "hidden": result.hidden, "input_s": input_s})
-        every = self.config.print_every
-        if every and (number + 1) % every == 0:
+                       "samples_per_s": result.rows / result.steps / mean["step"], "compute_s": mean["compute"],
+                       "comm_s": mean["comm"], "hidden": result.hidden, "input_s": mean["input"],
+                       **({"round": {"steps": result.steps, **asdict(result.round)}} if self.local else {})})
+        if self._print_due:
+            self._print_due = False
             self.console.line(f"Step {number + 1}, loss = {result.loss:.2f}")
         self.console.progress(number + 1, self.total_steps, result.loss)
 
@@ -498,6 +556,8 @@ class Training:
         with agreed(self.comm):
             if self.directory is not None:
                 self._write_summary(flat, test)
+        if self.local:
+            self.console.line(self.step.report(self.exchange.wire))
         self.console.line(f"finished {progress.step} steps in {progress.seconds:.1f} s; run directory {c.out}")
 
     def _write_summary(self, flat: np.ndarray, test: dict[str, Any]) -> None:
@@ -514,6 +574,7 @@ class Training:
              "wire": self.exchange.wire, "overlap": self.plan.overlap, "buckets": len(self.plan.buckets),
              "bucket_mb": self.plan.bucket_mb, "hidden": hidden_share(self._comm_s[1], self._flight_s[1]),
              "device": c.device,
+             **({"local": self.step.statistics(self.exchange.wire)} if self.local else {}),
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
              "parameters_sha256": layout.sha256(flat),

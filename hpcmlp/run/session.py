@@ -42,11 +42,20 @@ class Session:
     strategy : `sync.strategy.SlicedUpdate` or `WholeUpdate`.
     optimizer : from `nn.optimizers.make_optimizer`, for `strategy.ranges`.
     average : `nn.optimizers.Average` for the same ranges, or None.
+    local : `sync.local.LocalStep` where ranks take steps by themselves, else None: it brings their state together
+        before it is used or saved.
     """
 
-    def __init__(self, comm: Any, network: Any, strategy: Any, optimizer: Any, average: Any):
+    def __init__(self, comm: Any, network: Any, strategy: Any, optimizer: Any, average: Any, local: Any = None):
         self.comm, self.network, self.strategy = comm, network, strategy
-        self.optimizer, self.average = optimizer, average
+        self.average, self.local = average, local
+        self._exchange = strategy if local is None else local  # what knows of exchanges still to be made up for
+        # Name in a checkpoint -> the strategy that makes it whole, and this rank's part.
+        self._vectors = {f"optimizer/{name}": (strategy, array) for name, array in optimizer.state.items()}
+        if average is not None:
+            self._vectors["average"] = strategy, average.array
+        if local is not None:
+            self._vectors |= local.outer_state()
         self.progress = Progress()
         self.best: Any = None  # this rank's ranges of the best parameters
 
@@ -55,9 +64,14 @@ class Session:
 
         (layout.size,) host array; the live parameters themselves when there is no average.
         """
-        if self.average is not None:
-            return self.strategy.whole(self.average.array)
-        return self.host_params()
+        if self.average is None:
+            return self.host_params()
+        self._settle()
+        return self.strategy.whole(self.average.array)
+
+    def _settle(self) -> None:
+        if self.local is not None:
+            self.local.settle()
 
     def host_params(self) -> np.ndarray:
         """Return the live parameters on the host. Collective where messages overlap: what is under way ends first."""
@@ -76,13 +90,12 @@ class Session:
     def capture(self, meta: dict[str, Any]) -> "checkpoint.State":
         """Return the whole state with `meta` added. Collective; every rank gets it, one may save it."""
         layout = self.network.layout
+        self._settle()
         flats = {"params": self.host_params()}
-        flats |= {f"optimizer/{name}": self.strategy.whole(a) for name, a in self.optimizer.state.items()}
-        if self.average is not None:
-            flats["average"] = self.strategy.whole(self.average.array)
+        flats |= {name: strategy.whole(array) for name, (strategy, array) in self._vectors.items()}
         if self.best is not None:
             flats["best"] = self.strategy.whole(self.best)
-        carried = self.strategy.carried()
+        carried = self._exchange.carried()
         flats |= {f"sync/{name}": flat for name, flat in carried.items()}
         arrays = {f"{group}/{name}": view for group, flat in flats.items()
                   for name, view in layout.views(flat).items()}
@@ -122,18 +135,15 @@ class Session:
         values = json.loads(meta)
         self.progress = Progress(**values["progress"])
         self.strategy.ops.from_host(self._give_out(state, "params"), self.network.params)
-        for name, array in self.optimizer.state.items():
-            array[...] = self.strategy.owned(self._give_out(state, f"optimizer/{name}"))
-        if self.average is not None:
-            self.average.array[...] = self.strategy.owned(self._give_out(state, "average"))
+        for name, (strategy, array) in self._vectors.items():
+            array[...] = strategy.owned(self._give_out(state, name))
         if values["has_best"]:
             self.keep_best(self._give_out(state, "best"))
-        self.strategy.take_up({name: self._give_out(state, f"sync/{name}") for name in values.get("carried", ())})
+        self._exchange.take_up({name: self._give_out(state, f"sync/{name}") for name in values.get("carried", ())})
         return True, notes
 
     def _check_arrays(self, state: "checkpoint.State") -> None:
-        groups = ["params", *(f"optimizer/{name}" for name in self.optimizer.state)]
-        groups += ["average"] * (self.average is not None) + ["best"] * state.meta["has_best"]
+        groups = ["params", *self._vectors, *["best"] * state.meta["has_best"]]
         groups += [f"sync/{name}" for name in state.meta.get("carried", ())]
         for group in groups:
             try:

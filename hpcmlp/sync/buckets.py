@@ -8,12 +8,10 @@ one cache line.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 ALIGN = 16
-BUCKET_MB = 32.0    # where nothing overlaps: most networks are one message
 
 
 @dataclass(frozen=True)
@@ -57,50 +55,6 @@ def cut(size_total: int, starts: list[int], bucket_elements: int, size: int) -> 
                 buckets.append(Bucket(start, stop, part_bounds(stop - start, size)))
             stop = start
     return buckets
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a step's gradient is cut, and whether messages travel while the ranks compute.
-
-    `piece` is for `nn.network.Network`: elements of a piece of a weight, None for whole weights. `bucket_mb` is what
-    was given or found.
-    """
-
-    buckets: list[Bucket]
-    piece: int | None
-    overlap: bool
-    bucket_mb: float
-
-
-def plan(spec: Any, collective: Any, size: int, num_nodes: int, bucket_mb: float | None = None,
-         overlap: bool | None = None) -> Plan:
-    """Return the plan of a step.
-
-    Collective where it overlaps and `bucket_mb` is None: then the links between the nodes are measured.
-
-    Parameters
-    ----------
-    spec : `nn.network.NetworkSpec`.
-    collective : what the gradient goes through; one that cannot start something does not overlap.
-    size, num_nodes : ranks, and nodes that they are on.
-    bucket_mb : size of a bucket, MiB; None: `BUCKET_MB`, and with overlap as the links have it.
-    overlap : None: between nodes, where there is more than one bucket.
-    """
-    total = spec.layout().size
-    if size > 1 and collective.starts and (num_nodes > 1 if overlap is None else overlap):
-        from hpcmlp.sync.overlap import find_bucket_mb  # runs on several nodes
-        found = bucket_mb or find_bucket_mb(collective)
-        piece = _elements(found)
-        buckets = cut(total, spec.closings(piece), piece, size)
-        if overlap or len(buckets) > 1:
-            return Plan(buckets, piece, True, found)
-    bucket_mb = bucket_mb or BUCKET_MB
-    return Plan(cut(total, spec.layer_starts(), _elements(bucket_mb), size), None, False, bucket_mb)
-
-
-def _elements(bucket_mb: float) -> int:
-    return max(1, int(bucket_mb * 2**20) // 4)
 
 
 def owned_ranges(buckets: list[Bucket], part: int) -> list[tuple[int, int]]:

@@ -18,11 +18,12 @@ class ControlWords:
     Parameters
     ----------
     size : number of ranks; it limits the bits of a checksum's pieces.
+    more : number of words behind the common ones.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, more: int = 0):
         self.size = size
-        self.array = np.zeros(9, dtype=np.float64)
+        self.array = np.zeros(9 + more, dtype=np.float64)
         self._bits = min(26, (53 - (size - 1).bit_length()) // 2)
 
     def clear(self) -> None:
@@ -48,7 +49,7 @@ class ControlWords:
         """Put pieces of `checksum` (an integer) of this rank's parameters into the words. Local."""
         mask = (1 << self._bits) - 1
         low, high = checksum & mask, (checksum >> self._bits) & mask
-        self.array[HASH_LOW:] = (low, low * low, high, high * high)
+        self.array[HASH_LOW:HASH_HIGH_SQUARED + 1] = (low, low * low, high, high * high)
 
     @property
     def rows(self) -> int:
@@ -74,5 +75,5 @@ class ControlWords:
     @property
     def replicas_agree(self) -> bool:
         """Whether all ranks put the same checksum (also True when none put one)."""
-        low, low2, high, high2 = (int(w) for w in self.array[HASH_LOW:])
+        low, low2, high, high2 = (int(w) for w in self.array[HASH_LOW:HASH_HIGH_SQUARED + 1])
         return self.size * low2 == low * low and self.size * high2 == high * high

@@ -12,9 +12,11 @@ from hpcmlp.sync.control import ControlWords
 class StepResult:
     """What one step tells: sums over all ranks, and this rank's seconds.
 
-    `loss` is the weighted mean over the global batch; `grad_norm` is None unless it was asked for or needed. `comm_s` is
-    the time in which the computing thread worked on or waited for communication, `flight_s` that in which messages were
-    under way: `comm_s` itself where nothing overlaps. With overlap a gathering counts in the step that waits for it.
+    `loss` is the weighted mean over the global batch; `grad_norm` is None unless it was asked for or needed. `steps`
+    says over how many steps the sums go, and `round` (`sync.local.RoundResult`) what was learned from those between
+    two meetings: 1 and None but for local steps. `comm_s` is the time in which the computing thread worked on or waited
+    for communication, `flight_s` that in which messages were under way: `comm_s` itself where nothing overlaps. With
+    overlap a gathering counts in the step that waits for it.
     """
 
     rows: int = 0
@@ -27,6 +29,8 @@ class StepResult:
     compute_s: float = 0.0
     comm_s: float = 0.0
     flight_s: float = 0.0
+    steps: int = 1
+    round: Any = None
 
     @property
     def hidden(self) -> float:
@@ -85,7 +89,7 @@ class Step:
             words.ask_to_stop()
         if check:
             self.strategy.finish()
-            words.put_checksum(self.ops.checksum(self.strategy.params))
+            words.put_checksum(self.checksum())
         self._gradient(batch, step)
         computed = perf_counter()
         self.strategy.reduce(words.array)
@@ -121,6 +125,10 @@ class Step:
             comm_s, flight_s = self.strategy.spent()
         result.comm_s, result.flight_s = comm_s, flight_s
         result.compute_s = perf_counter() - started - comm_s
+
+    def checksum(self) -> int:
+        """Return the checksum of what must be the same on all ranks: the parameters. Local."""
+        return self.ops.checksum(self.strategy.params)
 
     def _gradient(self, batch: Any, step: int) -> None:
         """Write the gradient of the weighted loss sum over this rank's batch, and its control words."""

@@ -11,7 +11,6 @@ A strategy takes flat vectors and a collective; it knows neither networks nor MP
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -199,21 +198,3 @@ class WholeUpdate(SlicedUpdate):
 
     def _gather(self, flat: np.ndarray) -> None:
         pass
-
-
-def make_strategy(whole: bool, narrow: bool = False, overlap: bool = False) -> Callable[..., SlicedUpdate]:
-    """Return the class of the strategy: WholeUpdate when `whole`, else NarrowUpdate when `narrow`, else SlicedUpdate.
-
-    Local. `narrow` as the collective's attribute says. With `whole` the summed gradient is gathered in float32, and
-    nothing overlaps. `overlap` makes messages travel while the ranks compute.
-    """
-    if whole:
-        return WholeUpdate
-    kind = SlicedUpdate
-    if narrow:
-        from hpcmlp.sync.narrow import NarrowUpdate  # few runs want it
-        kind = NarrowUpdate
-    if overlap:
-        from hpcmlp.sync.overlap import Overlapped  # runs on several nodes
-        return Overlapped if kind is SlicedUpdate else type("OverlappedNarrow", (Overlapped, kind), {})
-    return kind

@@ -1,4 +1,4 @@
-"""The ring with narrow wires: sums within the format's bound, exact words, no bias with error feedback, the bytes."""
+"""One table for algorithm x wire x length, and narrow wires: the bound, exact words, no bias with feedback, bytes."""
 
 import tracemalloc
 
@@ -6,13 +6,52 @@ import numpy as np
 import pytest
 
 from hpcmlp.comm import check_wire, make_ring, open_exchange
+from hpcmlp.comm.native import Native
 from hpcmlp.comm.ring_wire import WireRing
+from hpcmlp.comm.shared import Shared
 from hpcmlp.comm.topology import Topology
 from hpcmlp.comm.wire import FORMATS, WIRES
 from hpcmlp.errors import ConfigError
 
 ROUNDING = {"float32": 2.0**-24, "bf16": 2.0**-8, "float16": 2.0**-11}  # largest relative error of one hop
 LENGTHS = {"0": 0, "1": 1, "size-1": -1, "size": 0, "size+1": 1, "prime": 1009, "large": 100_003}
+
+
+class Nodes(Topology):
+    """A topology that pretends that every `per_node` ranks of `comm` are a node of their own."""
+
+    def __init__(self, comm, per_node):
+        super().__init__(comm)
+        super().free()
+        self.node = comm.Split(comm.rank // per_node, comm.rank)
+        self.local_rank, self.local_size = self.node.rank, self.node.size
+        self.cross = comm.Split(self.local_rank, comm.rank)
+        self.cross_rank, self.cross_size = self.cross.rank, self.cross.size
+        self.num_nodes = -(-comm.size // per_node)
+
+
+def equal_nodes(comm):
+    """The ranks as nodes of two, or, where that does not come out even, as many nodes as ranks."""
+    return Nodes(comm, 2 if comm.size % 2 == 0 else 1)
+
+
+def shared_with(wire, topology, **options):
+    return Shared(topology, lambda cross: make_ring(cross, wire, **options))
+
+
+# algorithm -> the collective over `comm` that sends `wire`; "cut": messages so small that every part takes many, as
+# arrays beyond 2**31 bytes do.
+MAKERS = {
+    "ring": lambda comm, wire: make_ring(comm, wire),
+    "ring cut": lambda comm, wire: make_ring(comm, wire, limit_bytes=64),
+    "shared": lambda comm, wire: shared_with(wire, Topology(comm)),
+    "nodes": lambda comm, wire: shared_with(wire, equal_nodes(comm)),
+    "nodes cut": lambda comm, wire: shared_with(wire, equal_nodes(comm), limit_bytes=64),
+    "native": lambda comm, wire: Native(comm),
+}
+TABLE = [(algorithm, wire, name) for algorithm in MAKERS for wire in WIRES for name in LENGTHS
+         if (wire == "float32" or algorithm not in ("shared", "native"))
+         and ("cut" not in algorithm or name in ("size+1", "prime"))]
 
 
 class Counting:
@@ -61,26 +100,56 @@ def assert_same_bits_everywhere(comm, array):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("limit_bytes", [2**30, 64])
-@pytest.mark.parametrize("name", LENGTHS)
-@pytest.mark.parametrize("wire", WIRES)
-def test_sums_are_within_the_bound_and_have_the_same_bits_on_every_rank(comm, wire, name, limit_bytes):
+@pytest.mark.parametrize("algorithm, wire, name", TABLE)
+def test_sums_are_within_the_bound_and_have_the_same_bits_on_every_rank(comm, algorithm, wire, name):
     n = length(name, comm.size)
-    if limit_bytes == 64:
+    if "cut" in algorithm:
         n = min(n, 203)
     every = every_rank(comm, n)
-    array = every[comm.rank].copy()
+    collective = MAKERS[algorithm](comm, wire)
+    alone = 2 if "nodes" in algorithm and comm.size == 2 else 1     # two ranks are one node
+    assert collective.narrow == (wire != "float32" and comm.size > alone)
+    array = collective.empty(n, np.float32)
+    array[:] = every[comm.rank]
     words = np.random.default_rng(comm.rank).standard_normal(7)
     expected_words = np.sum(comm.allgather(words.copy()), axis=0)
-    ring = make_ring(comm, wire, limit_bytes=limit_bytes)
-    ring.all_reduce(array, words)
+    collective.all_reduce(array, words)
     exact = np.sum([a.astype(np.float64) for a in every], axis=0)
     assert array.dtype == np.float32
     assert (np.abs(array - exact) <= bound(wire, every)).all()
     np.testing.assert_allclose(words, expected_words, rtol=1e-15, atol=1e-15)
     assert_same_bits_everywhere(comm, array)
     assert_same_bits_everywhere(comm, words)
-    ring.free()
+    del array
+    collective.free()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("algorithm, wire, name", [row for row in TABLE if row[1] != "float32"])
+def test_all_ranks_follow_the_masters_with_the_same_bits(comm, algorithm, wire, name):
+    """Masters that move at random: nobody is ever further away than one rounding of the last way."""
+    n = length(name, comm.size)
+    if "cut" in algorithm:
+        n = min(n, 203)
+    collective = MAKERS[algorithm](comm, wire)
+    bounds = np.arange(comm.size + 1, dtype=np.int64) * n // comm.size
+    own = slice(bounds[collective.part], bounds[collective.part + 1])
+    array = collective.common(n, np.float32)
+    goal = np.zeros(n, np.float32)
+    for step in range(6):
+        goal += np.random.default_rng([n, step]).standard_normal(n).astype(np.float32)
+        way = np.abs((goal - array)[own]).astype(np.float64)
+        collective.gather_towards(array, bounds, goal[own].copy())
+        assert_same_bits_everywhere(comm, array)
+        error = np.abs(array[own].astype(np.float64) - goal[own])
+        rounding = way.max(initial=0.0) / 250 if wire == "int8" else 1.01 * ROUNDING[wire] * way + 2.0**-25
+        assert (error <= rounding + 2.0**-22 * np.abs(goal[own]) + 1e-7).all()
+        comm.Barrier()      # a common array is read before anybody moves on
+    before = array.copy()
+    collective.gather_towards(array, bounds, before[own].copy())
+    np.testing.assert_array_equal(array, before)    # who has arrived stays
+    del array
+    collective.free()
 
 
 @pytest.mark.mpi
@@ -107,9 +176,13 @@ def test_any_bounds_are_kept_to(comm, wire):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("wire", FORMATS)
-def test_feedback_takes_the_bias_away(comm, wire):
-    """Of a constant gradient the results add up to the exact sum less the residuals, which do not grow."""
-    n, steps = 1009, 200
+@pytest.mark.parametrize("settle", [False, True])
+def test_feedback_takes_the_bias_away(comm, wire, settle):
+    """Of a constant gradient the results add up to the exact sum less the residuals, which do not grow.
+
+    Nor does anything get lost when the residuals are now and then added up and given to one rank each.
+    """
+    n, steps = 1009, 100
     every = every_rank(comm, n, seed=3)
     exact = np.sum([a.astype(np.float64) for a in every], axis=0)
     bounds = [n * rank // comm.size for rank in range(comm.size + 1)]
@@ -117,11 +190,15 @@ def test_feedback_takes_the_bias_away(comm, wire):
     error = {}
     for feedback in (True, False):
         ring = WireRing(comm, wire, feedback=feedback)
-        array, total = np.empty(n, np.float32), np.zeros(n)
-        for _ in range(steps):
+        array, total, owed = np.empty(n, np.float32), np.zeros(n), np.empty(n, np.float32)
+        for step in range(steps):
             array[:] = every[comm.rank]
             ring.reduce_scatter(array, bounds)
             total += array
+            if settle and step % 7 == 0:
+                ring.settle(array, bounds, owed)
+                assert_same_bits_everywhere(comm, owed)
+                assert owed.any() == feedback
         mean_error = np.abs(total / steps - exact)[own]
         error[feedback] = comm.allreduce(mean_error.sum()) / n
         if feedback:
@@ -181,8 +258,12 @@ def test_exactly_the_promised_bytes_are_sent(comm, wire):
     data, words = (sum(counting.sent.get(tag, [])) for tag in (1, 2))
     assert data == hops * {"float32": 48_000, "bf16": 24_000, "float16": 24_000, "int8": 12_000 + 4 * 47}[wire]
     assert words == hops * 16 * (8 if comm.size == 2 else 32)
+    if wire != "float32":
+        counting.sent.clear()
+        ring.gather_towards(array, bounds, np.zeros(part, np.float32))
+        assert sum(counting.sent.get(1, [])) == data
     counting.sent.clear()
-    ring.all_gather(array, bounds)      # of parameters: float32
+    ring.all_gather(array, bounds)      # what is not narrowed: float32
     assert sum(counting.sent.get(1, [])) == hops * 48_000
     counting.sent.clear()
     ring.reduce_scatter(array, bounds, np.zeros(16))
@@ -221,26 +302,76 @@ def test_more_arrays_than_plans_keep_their_residuals(comm, wire):
 def test_a_steady_call_allocates_nothing_that_grows_with_the_array(comm, wire):
     ring = make_ring(comm, wire, segment_bytes=2**16)
     array, words = np.zeros(500_000, np.float32), np.zeros(16)
+    bounds = np.arange(comm.size + 1) * array.size // comm.size
+    master = np.ones(bounds[comm.rank + 1] - bounds[comm.rank], np.float32)
     for _ in range(3):
         ring.all_reduce(array, words)
+        ring.gather_towards(array, bounds, master)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     ring.all_reduce(array, words)
+    ring.gather_towards(array, bounds, master)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak - before < 150_000
     ring.free()
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("wire", FORMATS)
+def test_a_run_that_goes_on_after_settling_and_one_that_resumes_have_the_same_bits(comm, wire):
+    n = 3001
+    bounds = [n * rank // comm.size for rank in range(comm.size + 1)]
+    owed = np.empty(n, np.float32)
+
+    def sums(ring, array, seeds):
+        found = []
+        for seed in seeds:
+            array[:] = every_rank(comm, n, seed)[comm.rank]
+            ring.reduce_scatter(array, bounds)
+            found.append(array[bounds[comm.rank]:bounds[comm.rank + 1]].copy())
+        return found
+
+    first, array = WireRing(comm, wire), np.empty(n, np.float32)
+    sums(first, array, range(5))
+    first.settle(array, bounds, owed)
+    resumed, other = WireRing(comm, wire), np.empty(n, np.float32)
+    resumed.put_residual(other, bounds, owed)
+    for a, b in zip(sums(first, array, range(5, 9)), sums(resumed, other, range(5, 9)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    afresh = sums(WireRing(comm, wire), np.empty(n, np.float32), range(5, 9))
+    assert any((a != b).any() for a, b in zip(afresh, sums(first, array, range(5, 9)), strict=True))
+    first.free()
+    resumed.free()
+
+
 @pytest.mark.mpi
-def test_a_wire_that_cannot_take_effect_is_an_error(comm):
+def test_a_wire_acts_where_messages_cross_a_network(comm):
     topology = Topology(comm)
-    for sync in ("shared", "native"):
-        check_wire(sync, "float32")
-        with pytest.raises(ConfigError, match=f"--wire bf16 has no effect with --sync {sync}"):
-            open_exchange(sync, topology, 100, np.float32, wire="bf16")
-    for sync in ("auto", "ring"):
+    with pytest.raises(ConfigError, match="--wire bf16 has no effect with --sync native"):
+        open_exchange("native", topology, 100, np.float32, wire="bf16")
+    check_wire("native", "float32")
+    for sync in ("auto", "shared", "ring"):
         exchange = open_exchange(sync, topology, 100, np.float32, wire="bf16")
-        assert exchange.name == "ring" and isinstance(exchange.collective, WireRing)
+        acts = sync == "ring" and comm.size > 1
+        assert exchange.wire == ("bf16" if acts else "float32") and exchange.collective.narrow == acts
+        assert ("wire bf16 has nothing to act on" in exchange.note) != acts
+        exchange.params = exchange.grads = None
         exchange.collective.free()
     topology.free()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("sync", ["auto", "shared"])
+def test_between_nodes_only_the_network_is_narrow(comm, sync):
+    exchange = open_exchange(sync, equal_nodes(comm), 100, np.float32, wire="int8")
+    if comm.size == 2 and sync == "auto":
+        assert exchange.name == "shared" and exchange.wire == "float32"     # they are one node
+    exchange.params = exchange.grads = None
+    exchange.collective.free()
+    nodes = Nodes(comm, 1)      # one rank per node: auto is the ring
+    exchange = open_exchange(sync, nodes, 100, np.float32, wire="int8")
+    assert exchange.name == ("ring" if sync == "auto" else "shared")
+    assert exchange.wire == "int8" and exchange.collective.narrow and not exchange.note
+    exchange.params = exchange.grads = None
+    exchange.collective.free()

@@ -1,4 +1,7 @@
-"""Narrow formats: rounding within their bound, ties to even, NaN and infinities, exactly the promised bytes."""
+"""Narrow formats: rounding within their bound, ties to even, NaN and infinities, exactly the promised bytes.
+
+Each test runs on the NumPy form and on the C kernels, and the two are compared bit by bit.
+"""
 
 import tracemalloc
 
@@ -6,9 +9,19 @@ import numpy as np
 import pytest
 
 from hpcmlp import config
+from hpcmlp.comm import wire
 from hpcmlp.comm.wire import BLOCK, FORMATS, WIRES, make_format
 
 LENGTHS = (0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 1009, 100_003)
+
+
+@pytest.fixture(params=[False, True], ids=["numpy", "fused"], autouse=True)
+def form_of(request, monkeypatch):
+    """Every format of a test takes the path of the parameter, as HPCMLP_FUSED and a missing compiler decide it."""
+    if request.param and wire._fused is None:
+        pytest.skip("the C extension is not built")
+    monkeypatch.setenv("HPCMLP_FUSED", str(int(request.param)))
+    return request.param
 
 
 def there_and_back(name, values):
@@ -121,6 +134,110 @@ def test_nothing_that_grows_with_the_array_is_allocated(name):
     tracemalloc.stop()
     # Casts go through NumPy's own buffers of 8192 elements.
     assert peak < 150_000
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_adding_is_decoding_and_adding(name, n):
+    random = np.random.default_rng(n)
+    form, values = make_format(name, max(1, n)), random.standard_normal(n).astype(np.float32)
+    data, decoded = np.empty(form.num_bytes(n), np.uint8), np.empty(n, np.float32)
+    form.encode(random.standard_normal(n).astype(np.float32), data)
+    form.decode(data, decoded)
+    expected = values + decoded
+    form.add(data, values)
+    np.testing.assert_array_equal(values, expected)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_rounding_with_a_rest_loses_nothing(name, n):
+    random = np.random.default_rng([n, 1])
+    form, values = make_format(name, max(1, n)), random.standard_normal(n).astype(np.float32)
+    rest, data = (1e-3 * random.standard_normal(n)).astype(np.float32), np.empty(form.num_bytes(n), np.uint8)
+    expected = values + rest
+    form.round(values, rest, data)
+    np.testing.assert_array_equal(values, expected)
+    decoded = np.empty(n, np.float32)
+    form.decode(data, decoded)
+    assert (np.abs(rest.astype(np.float64)) <= bound(name, expected) + 2.0**-23 * np.abs(expected)).all()
+    np.testing.assert_allclose(decoded.astype(np.float64) + rest, expected, rtol=2e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e-41])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_rest_that_is_not_finite_or_below_the_normal_numbers_becomes_zero(name, bad):
+    form, values, rest = make_format(name, 300), np.zeros(300, np.float32), np.zeros(300, np.float32)
+    values[5], rest[6] = bad, bad
+    with np.errstate(invalid="ignore"):
+        form.round(values, rest, np.empty(form.num_bytes(300), np.uint8))
+    assert not rest.any() and values.view(np.uint32)[5] == np.float32(bad).view(np.uint32)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_going_towards_a_target_is_one_rounding_of_the_way(name, n):
+    random = np.random.default_rng([n, 2])
+    form, values = make_format(name, max(1, n)), random.standard_normal(n).astype(np.float32)
+    target, data = random.standard_normal(n).astype(np.float32), np.empty(form.num_bytes(n), np.uint8)
+    follower = values.copy()
+    for _ in range(4):
+        way = target - values
+        form.towards(values, target, data)
+        form.add(data, follower)
+        np.testing.assert_array_equal(follower, values)     # who hears the message has the bits of who sent it
+        error = np.abs(values.astype(np.float64) - target)
+        assert (error <= bound(name, way) * (1 + 1e-6) + 2.5e-7 * np.abs(target) + 1e-9).all()
+    assert n == 0 or error.max() < 1e-6     # what was lost is sent in the next call
+
+
+@pytest.mark.parametrize("values", ["normal", "every magnitude", "every bit"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_kernels_and_numpy_give_the_same_bits(form_of, name, values):
+    if not form_of:
+        return  # one comparison is enough
+    for n in LENGTHS:
+        random = np.random.default_rng([n, 3])
+        if values == "every bit":
+            own = random.integers(0, 2**32, n, np.uint32).view(np.float32)
+        else:
+            own = (random.standard_normal(n) * 10.0 ** random.integers(-44, 37, n)).astype(np.float32)
+            own = random.standard_normal(n).astype(np.float32) if values == "normal" else own
+        other = (1e-2 * random.standard_normal(n)).astype(np.float32)
+        found = []
+        for fused in (False, True):
+            form = make_format(name, max(1, n), fused)
+            a, b, c, rest = own.copy(), own.copy(), other.copy(), other.copy()
+            messages = [np.zeros(form.num_bytes(n), np.uint8) for _ in range(3)]
+            decoded = [np.empty(n, np.float32) for _ in messages]
+            with np.errstate(all="ignore"):
+                form.encode(own, messages[0])
+                form.round(a, rest, messages[1])
+                form.towards(b, other, messages[2])
+                form.add(messages[0], c)
+                for message, into in zip(messages, decoded, strict=True):
+                    form.decode(message, into)
+            found.append([a, b, c, rest, *decoded])
+        for plain, kernel in zip(*found, strict=True):
+            nan = np.isnan(plain)
+            np.testing.assert_array_equal(np.isnan(kernel), nan)
+            np.testing.assert_array_equal(kernel.view(np.uint32)[~nan], plain.view(np.uint32)[~nan])
+
+
+def test_kernels_refuse_what_does_not_fit(form_of):
+    if not form_of:
+        return
+    form, values = make_format("int8", 300), np.zeros(300, np.float32)
+    right = np.zeros(form.num_bytes(300), np.uint8)
+    for data, arrays in ((right[:-1], (values,)), (right, (values.astype(np.float64),)), (right, (values[::2],)),
+                         (np.zeros(right.size + 1, np.uint8)[1:], (values,)), (right.view(np.int8), (values,))):
+        with pytest.raises(ValueError):
+            form.encode(*arrays, data)
+    with pytest.raises(ValueError):
+        form.round(values, values[:-1], right)
+    right.flags.writeable = False
+    with pytest.raises((ValueError, BufferError)):
+        form.encode(values, right)
 
 
 def test_the_options_are_the_formats():

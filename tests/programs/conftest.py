@@ -9,16 +9,16 @@ import pytest
 @pytest.fixture(scope="session")
 def hpcmlp(run_ranks):
     """Run `hpcmlp ARGUMENTS`; `ranks=None` without a launcher. Returns the finished process with text output."""
-    def run(*arguments, ranks=None, env=None, timeout=120, cwd=None):
-        return run_ranks(ranks or 0, "-m", "hpcmlp", *arguments, env=env, timeout=timeout, cwd=cwd)
+    def run(*arguments, ranks=None, timeout=120, **how):
+        return run_ranks(ranks or 0, "-m", "hpcmlp", *arguments, timeout=timeout, **how)
     return run
 
 
 @pytest.fixture(scope="session")
 def start_hpcmlp(start_ranks):
     """Start `hpcmlp ARGUMENTS` and return the process; whoever starts it waits for it or kills it."""
-    def start(*arguments, ranks=None, env=None):
-        return start_ranks(ranks or 0, "-m", "hpcmlp", *arguments, env=env)
+    def start(*arguments, ranks=None, **how):
+        return start_ranks(ranks or 0, "-m", "hpcmlp", *arguments, **how)
     return start
 
 

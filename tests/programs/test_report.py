@@ -7,6 +7,7 @@ import pytest
 
 from hpcmlp.errors import DataError, InputMissing
 from hpcmlp.run.curves import draw_curves, read_records
+from hpcmlp.run.timeline import read_trace, shares
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -90,3 +91,59 @@ def test_report_without_matplotlib_is_an_error(tmp_path, hpcmlp):
     (tmp_path / "hidden" / "matplotlib.py").write_text("raise ImportError('not here')\n")
     done = hpcmlp("report", run, env={"PYTHONPATH": tmp_path / "hidden"})
     assert done.returncode == 78 and "hpcmlp[plot]" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def write_trace(run, tail=""):
+    """Two ranks, two steps of 100 us: by hand so that the shares below are known without any program."""
+    events = []
+    for pid, wait in ((0, 30), (1, 10)):
+        for step in (1, 2):
+            at = 100 * step + 0.001     # not representable: the sum with 100.0 rounds
+            for name, begin, us in (("step", 0, 100), ("input", 0, 5), ("gather rows", 5, 5),
+                                    ("forward layer 0", 10, 20), ("backward layer 0", 30, 10),
+                                    ("reduce", 40, 40), ("reduce bucket 0", 41, 38),
+                                    ("wait", 45, wait), ("update", 80, 10)):
+                events.append({"name": name, "ph": "X", "pid": pid, "tid": 0, "ts": at + begin, "dur": us,
+                               "args": {"step": step}})
+    events.append({"name": "reduce bucket 0", "ph": "X", "pid": 1, "tid": 1, "ts": 130, "dur": 50, "args": {"step": 1}})
+    events.append({"name": "process_name", "ph": "M", "pid": 0, "tid": 0, "args": {"name": "rank 0"}})
+    (run / "trace.json").write_text(json.dumps({"otherData": {"ranks": 2}, "traceEvents": events[::-1]}) + tail)
+
+
+def test_shares_of_a_timeline_count_inner_events_once(tmp_path):
+    (tmp_path / "run").mkdir()
+    write_trace(tmp_path / "run")
+    ranks = read_trace(tmp_path / "run" / "trace.json")
+    for rank, wait in zip(ranks, (0.3, 0.1), strict=True):
+        found = shares(rank)
+        expected = {"input": 0.1, "forward": 0.2, "backward": 0.1, "reduce": 0.4 - wait, "wait": wait, "update": 0.1,
+                    "other": 0.1, "check": 0.0, "share": 0.0, "validation": 0.0}
+        assert {kind: found[kind] for kind in expected} == pytest.approx(expected, abs=1e-4)
+    assert shares(ranks[0])["behind"] == 0 and shares(ranks[1])["behind"] == pytest.approx(0.25)
+
+
+def test_report_tells_and_draws_the_timeline_of_a_single_run(tmp_path, hpcmlp):
+    first, second = write_log(tmp_path / "first"), write_log(tmp_path / "second")
+    write_trace(first)
+    done = hpcmlp("report", first)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "perfetto" in lines[0] and lines[2].split()[:3] == ["0", "0.100", "10.0"] and len(lines) == 6
+    assert (first / "timeline.png").read_bytes().startswith(PNG)
+    done = hpcmlp("report", first, second, "--out", tmp_path / "both")
+    assert done.returncode == 0 and str(first / "trace.json") in done.stdout
+    assert not (tmp_path / "both" / "timeline.png").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"otherData": {"ranks": 1}, "traceEvents": [{"ph": "X"}]}'])
+def test_a_damaged_timeline_is_one_sentence(tmp_path, text):
+    (tmp_path / "trace.json").write_text(text)
+    with pytest.raises(DataError, match="not a timeline"):
+        read_trace(tmp_path / "trace.json")
+
+
+def test_an_event_of_a_rank_that_is_not_there_is_refused(tmp_path):
+    event = {"name": "step", "ph": "X", "pid": 3, "tid": 0, "ts": 0, "dur": 1, "args": {"step": 1}}
+    (tmp_path / "trace.json").write_text(json.dumps({"otherData": {"ranks": 2}, "traceEvents": [event]}))
+    with pytest.raises(DataError, match="rank 3"):
+        read_trace(tmp_path / "trace.json")

@@ -98,6 +98,35 @@ def test_a_checkpoint_opens_on_any_number_of_ranks(flowers, hpcmlp, tmp_path):
         assert step == same and a == pytest.approx(b, rel=1e-4)
 
 
+def train_narrow(hpcmlp, flowers, run, wire, steps, ranks, **env):
+    return hpcmlp("train", "--data", flowers, "--out", run, *OPTIONS, "--checkpoint-every", 10, "--steps", steps,
+                  "--sync", "ring", "--wire", wire, "--resume", ranks=ranks, env=env)
+
+
+@pytest.mark.parametrize("wire", ["bf16", "float16", "int8"])
+def test_over_a_narrow_wire_a_killed_run_goes_on_with_the_same_bits(flowers, hpcmlp, tmp_path, wire):
+    """100 steps are 50, a kill and 50 more, with what the ranks had rounded away."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert train_narrow(hpcmlp, flowers, whole, wire, 100, 3).returncode == 0
+    assert train_narrow(hpcmlp, flowers, run, wire, 100, 3, HPCMLP_FAULT="rank=0,step=57,act=kill").returncode != 0
+    state = checkpoint.newest_good(run)[0]
+    assert state.meta["step"] == 50 and set(state.meta["carried"]) == {"master", "residual"}
+    assert any(array.any() for array in state.group("sync/residual").values())
+    done = train_narrow(hpcmlp, flowers, run, wire, 100, 3)
+    assert done.returncode == 0, done.stderr
+    assert parameters(run) == parameters(whole) and losses(run) == losses(whole)
+
+
+def test_over_a_narrow_wire_a_run_goes_on_at_any_rank_count_and_with_any_wire(flowers, hpcmlp, tmp_path):
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    for steps, ranks, wire in ((30, 3, "int8"), (60, 2, "int8"), (80, 4, "bf16"), (100, 2, "float32")):
+        done = train_narrow(hpcmlp, flowers, run, wire, steps, ranks)
+        assert done.returncode == 0, done.stderr
+    assert train_narrow(hpcmlp, flowers, plain, "float32", 100, 1).returncode == 0
+    for (step, a), (same, b) in zip(losses(run), losses(plain), strict=True):
+        assert step == same and a == pytest.approx(b, rel=0.05, abs=0.01)
+
+
 def test_a_time_limit_stops_saves_and_says_75(flowers, hpcmlp, tmp_path):
     done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", *OPTIONS, "--epochs", 10000, "--time-limit",
                   0.05, ranks=2)

@@ -16,10 +16,9 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import Average, make_optimizer
 from hpcmlp.ops.host import HostOps
-from hpcmlp.sync import buckets
+from hpcmlp.sync import buckets, make_strategy, plan
 from hpcmlp.sync.overlap import Progress, find_bucket_mb
 from hpcmlp.sync.step import Step, StepResult
-from hpcmlp.sync.strategy import make_strategy
 from tests.comm.test_shared import SplitTopology
 
 ROWS = 24
@@ -237,17 +236,17 @@ def test_the_plan_of_a_step(comm):
     spec = NetworkSpec((7, 2000, 3))    # 23,000 parameters
     ring, native = (make_collective(name, Topology(comm)) for name in ("ring", "native"))
     alone = comm.size == 1
-    plan = buckets.plan(spec, ring, comm.size, 1)
-    assert (plan.overlap, plan.piece, plan.bucket_mb, len(plan.buckets)) == (False, None, 32.0, 1)
-    assert not buckets.plan(spec, native, comm.size, comm.size, 0.01, True).overlap
-    assert not buckets.plan(spec, ring, comm.size, 2, 0.01, False).overlap
-    plan = buckets.plan(spec, ring, comm.size, 2, 0.01)
-    assert plan.overlap != alone
+    planned = plan(spec, ring, comm.size, 1)
+    assert (planned.overlap, planned.piece, planned.bucket_mb, len(planned.buckets)) == (False, None, 32.0, 1)
+    assert not plan(spec, native, comm.size, comm.size, 0.01, True).overlap
+    assert not plan(spec, ring, comm.size, 2, 0.01, False).overlap
+    planned = plan(spec, ring, comm.size, 2, 0.01)
+    assert planned.overlap != alone
     if not alone:
-        assert len(plan.buckets) > 2    # more than layers
-        assert [b.start for b in plan.buckets] == sorted((b.start for b in plan.buckets), reverse=True)
-        assert {b.start for b in plan.buckets} <= set(spec.closings(plan.piece))
-        assert not buckets.plan(spec, ring, comm.size, 2).overlap   # the least bucket holds it all: one message
+        assert len(planned.buckets) > 2    # more than layers
+        assert [b.start for b in planned.buckets] == sorted((b.start for b in planned.buckets), reverse=True)
+        assert {b.start for b in planned.buckets} <= set(spec.closings(planned.piece))
+        assert not plan(spec, ring, comm.size, 2).overlap   # the least bucket holds it all: one message
         found = find_bucket_mb(ring)
         assert set(comm.allgather(found)) == {found} and 2**-4 <= found <= 32
     ring.free()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hpcmlp.comm import make_collective, make_ring
+from hpcmlp.comm.shared import Shared
 from hpcmlp.comm.topology import Topology
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
@@ -11,9 +12,10 @@ from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import RULES, Average, make_optimizer
 from hpcmlp.ops.device import DeviceOps
 from hpcmlp.ops.host import HostOps
+from hpcmlp.sync import make_strategy
 from hpcmlp.sync.buckets import cut
+from hpcmlp.sync.narrow import NarrowUpdate
 from hpcmlp.sync.step import Step
-from hpcmlp.sync.strategy import make_strategy
 
 SPEC = NetworkSpec((7, 19, 19, 3), "tanh", layer_norm=True)
 ROWS = 23
@@ -36,6 +38,7 @@ class Alone:
     """The collective of one rank."""
 
     part = 0
+    narrow = False
 
     def empty(self, size, dtype):
         return np.zeros(size, dtype)
@@ -58,7 +61,7 @@ def make_step(collective, size, *, whole=False, optimizer="adamw", bucket=300, r
     network = Network(spec, ops, ROWS, params, collective.empty(layout.size, np.float32))
     network.params[...] = initialize(spec, 3, "auto", np.float32)
     buckets = cut(network.layout.size, spec.layer_starts(), bucket, size)
-    strategy = make_strategy(whole)(collective, buckets, size, network.params, network.grads, ops)
+    strategy = make_strategy(whole, collective.narrow)(collective, buckets, size, network.params, network.grads, ops)
     rule = make_optimizer(optimizer, ops, network.layout, strategy.ranges, np.float32)
     average = Average(ops, strategy.ranges, 0.9, np.float32)
     average.start(network.params)
@@ -128,6 +131,66 @@ def test_narrow_wires_keep_replicas_equal_and_train_like_float32(comm, wire, who
     ring.free()
 
 
+class OneRankNodes(Topology):
+    """A topology that pretends that every rank is a node of its own."""
+
+    def __init__(self, comm):
+        super().__init__(comm)
+        super().free()
+        self.node, self.cross = comm.Split(comm.rank, 0), comm.Dup()
+        self.local_rank, self.local_size, self.num_nodes = 0, 1, comm.size
+        self.cross_rank, self.cross_size = comm.rank, comm.size
+
+
+NARROW = {"ring": lambda comm: make_ring(comm, "bf16"),
+          "shared": lambda comm: Shared(OneRankNodes(comm), lambda cross: make_ring(cross, "bf16"))}
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("name", NARROW)
+def test_replicas_stay_within_a_rounding_of_the_masters_and_a_skipped_step_changes_neither(comm, name):
+    step = make_step(NARROW[name](comm), comm.size)
+    strategy, params = step.strategy, step.network.params
+    assert isinstance(strategy, NarrowUpdate)
+    for k in range(10):
+        before = params.copy()
+        step.run(Rows(*own_slice(comm), k), k, 0.01)
+        master = strategy.carried()["master"]
+        way = np.abs(master.astype(np.float64) - before)
+        assert (np.abs(master.astype(np.float64) - params) <= 2.0**-8 * way + 2.0**-23 * np.abs(master)).all()
+    assert (master != params).any()     # there is something to keep
+    before, state = params.copy(), [a.copy() for a in step.optimizer.state.values()]
+    batch = Rows(*own_slice(comm))
+    if comm.rank == 0:
+        batch.source[:] = np.nan
+    assert step.run(batch, 10, 0.01).skipped
+    np.testing.assert_array_equal(params, before)
+    np.testing.assert_array_equal(strategy.carried()["master"], master)
+    for old, new in zip(state, step.optimizer.state.values(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("name", NARROW)
+def test_what_a_strategy_carries_makes_another_one_go_on_with_the_same_bits(comm, name):
+    first, second = (make_step(NARROW[name](comm), comm.size, optimizer="sgd") for _ in range(2))
+    for k in range(5):
+        first.run(Rows(*own_slice(comm), k), k, 0.05)
+    carried = first.strategy.carried()
+    second.network.params[...] = first.network.params
+    comm.Barrier()
+    second.strategy.take_up(carried)
+    for k in range(5, 9):
+        for step in (first, second):
+            step.run(Rows(*own_slice(comm), k), k, 0.05)
+        np.testing.assert_array_equal(first.network.params, second.network.params)
+    for name, flat in second.strategy.carried().items():
+        np.testing.assert_array_equal(flat, first.strategy.carried()[name])
+    plain = make_step(make_collective("ring", Topology(comm)), comm.size)
+    plain.strategy.take_up(carried)     # in float32 the masters are the parameters
+    np.testing.assert_array_equal(plain.network.params, carried["master"])
+
+
 @pytest.mark.mpi
 def test_micro_batches_and_clipping_do_not_depend_on_the_ranks(comm):
     options = {"micro_batches": 3, "clip_norm": 0.05}
@@ -193,8 +256,8 @@ def test_ranks_without_samples_take_part(comm):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("whole", [False, True])
-def test_the_device_side_takes_the_same_steps(comm, whole, monkeypatch):
+@pytest.mark.parametrize("whole, wire", [(False, "float32"), (True, "float32"), (False, "float16")])
+def test_the_device_side_takes_the_same_steps(comm, whole, wire, monkeypatch):
     """DeviceOps over a NumPy array type of its own: staged messages, rows picked on the host, targets brought over."""
     class DeviceArray(np.ndarray):
         """Stands in for a CuPy array."""
@@ -208,18 +271,20 @@ def test_the_device_side_takes_the_same_steps(comm, whole, monkeypatch):
                 return found
             return lambda *a, **k: found(*a, **k).copy().view(DeviceArray)
 
-    ring = make_collective("ring", Topology(comm))
+    ring = make_ring(comm, wire)
     ops = DeviceOps(Module())
     layout = SPEC.layout()
     network = Network(SPEC, ops, ROWS)
     ops.from_host(initialize(SPEC, 3, "auto", np.float32), network.params)
     buckets = cut(layout.size, SPEC.layer_starts(), 300, comm.size)
     monkeypatch.setattr("hpcmlp.sync.strategy.on_host", lambda array: not isinstance(array, DeviceArray))
-    strategy = make_strategy(whole)(ring, buckets, comm.size, network.params, network.grads, ops)
+    strategy = make_strategy(whole, ring.narrow)(ring, buckets, comm.size, network.params, network.grads, ops)
     rule = make_optimizer("adamw", ops, layout, strategy.ranges, np.float32)
     step = Step(network, Loss("softmax_cross_entropy"), rule, strategy, ops, rows=ROWS)
     alone, losses = reference(3)
     for k in range(3):
         result = step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01, check=True)
-        assert result.loss == pytest.approx(losses[k], rel=2e-5) and result.replicas_agree
-    np.testing.assert_allclose(np.asarray(network.params), alone.network.params, rtol=2e-4, atol=2e-5)
+        assert result.loss == pytest.approx(losses[k], rel=2e-5 if wire == "float32" else 1e-3)
+        assert result.replicas_agree
+    slack = {"rtol": 2e-4, "atol": 2e-5} if wire == "float32" else {"rtol": 1e-2, "atol": 1e-3}
+    np.testing.assert_allclose(np.asarray(network.params), alone.network.params, **slack)
