@@ -48,6 +48,11 @@ class SlicedUpdate:
     def _ranges(self) -> list[tuple[int, int]]:
         return owned_ranges(self.buckets, self.collective.part)
 
+    def go_on(self, collective: Any, buckets: list[Bucket], size: int) -> None:
+        """Use another collective among other ranks; this rank's ranges must be the ones it had. Local."""
+        self.collective, self.buckets, self.size = collective, buckets, size
+        assert self._ranges() == self.ranges
+
     def reduce(self, words: np.ndarray) -> None:
         """Sum the gradient and the control words over the ranks.
 
