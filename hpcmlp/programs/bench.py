@@ -84,7 +84,7 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
     buckets = cut(layout.size, spec.layer_starts(), BUCKET_ELEMENTS, size)
     if roles is not None:
-        from hpcmlp.sync.server import one_bucket
+        from hpcmlp.sync.storage import one_bucket
         buckets = one_bucket(layout.size, roles)
     strategy = make_strategy(False, exchange.collective.narrow)(exchange.collective, buckets, size, network.params,
                                                                 network.grads, ops)
