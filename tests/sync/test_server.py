@@ -17,9 +17,11 @@ from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import Average, make_optimizer
 from hpcmlp.ops.host import HostOps
 from hpcmlp.sync.buckets import cut
-from hpcmlp.sync.server import Apart, Tasks, check_options, describe_slices, one_bucket, read_staleness
+from hpcmlp.sync.server import Apart, check_options, read_staleness
 from hpcmlp.sync.step import Step
+from hpcmlp.sync.storage import describe_slices, one_bucket
 from hpcmlp.sync.strategy import SlicedUpdate
+from hpcmlp.sync.tasks import Tasks
 
 SPEC = NetworkSpec((7, 19, 19, 3), "tanh", layer_norm=True)
 ROWS = 23       # of a global batch: never a multiple of the workers
