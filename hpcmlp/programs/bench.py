@@ -156,7 +156,7 @@ def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
 
 
 def _mean(topology: Topology, action: Callable[[], None], count: int, finish: Callable[[], None]) -> float:
-    """Return the mean time of `count` calls and of the end of what they leave under way, slowest rank, ms. Collective."""
+    """Return the mean time of `count` calls, with the end of what they leave under way; slowest rank, ms. Collective."""
     messages.barrier(topology.comm)
     begin = time.perf_counter()
     for _ in range(count):

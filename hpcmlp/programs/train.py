@@ -92,7 +92,8 @@ def check_fits(config: TrainConfig, manifest: Manifest, size: int) -> None:
              "--local-steps": config.local_steps > 1, "--outer-optimizer": config.outer_optimizer != "none"}
     odd = [name for name, given in alone.items() if given]
     if config.overlap and odd:
-        raise ConfigError(f"--overlap has no effect with {odd[0]}, which sends nothing while it computes; leave one out.")
+        raise ConfigError(f"--overlap has no effect with {odd[0]}, which sends nothing while it computes; leave one "
+                          "out.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
     for name in ("outer_lr", "outer_momentum"):
