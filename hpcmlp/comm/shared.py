@@ -112,8 +112,8 @@ class Shared:
         window = _Window(self.node, num_bytes, common)
         missing = window.fill()
         try:
-            self._agree(f"another program took {missing / 2**20:.1f} of {needed / 2**20:.1f} MiB in /dev/shm while they "
-                        f"were allocated; {node_memory.advice()}" if missing else "")
+            self._agree(f"another program took {missing / 2**20:.1f} of {needed / 2**20:.1f} MiB in /dev/shm while "
+                        f"they were allocated; {node_memory.advice()}" if missing else "")
         except SharedUnavailable:
             window.free()
             raise
