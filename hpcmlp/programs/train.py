@@ -31,16 +31,16 @@ from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, open_dataset, replica_error, versions
 from hpcmlp.run.session import Session
 from hpcmlp.run.signals import StopFlag
-from hpcmlp.sync import make_strategy
-from hpcmlp.sync.buckets import Bucket, cut
+from hpcmlp.sync import Plan, make_strategy, plan
+from hpcmlp.sync.buckets import Bucket
 from hpcmlp.sync.control import ControlWords
-from hpcmlp.sync.step import Step, StepResult
+from hpcmlp.sync.step import Step, StepResult, hidden_share
 
 # Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps", "servers",
+                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps", "servers",
                   "staleness", "staleness_lr", "worker_timeout"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 DEFAULT_EPOCHS = 10
@@ -88,6 +88,11 @@ def check_fits(config: TrainConfig, manifest: Manifest, size: int) -> None:
         for name in SERVER_OPTIONS:
             if getattr(config, name) not in (None, False):
                 raise ConfigError(f"{flag(name)} has no effect with --sync {config.sync}; it belongs to --sync server.")
+    alone = {f"--sync {config.sync}": config.sync in ("native", "server"), "--full-update": config.full_update,
+             "--local-steps": config.local_steps > 1, "--outer-optimizer": config.outer_optimizer != "none"}
+    odd = [name for name, given in alone.items() if given]
+    if config.overlap and odd:
+        raise ConfigError(f"--overlap has no effect with {odd[0]}, which sends nothing while it computes; leave one out.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
     for name in ("outer_lr", "outer_momentum"):
@@ -185,6 +190,7 @@ class Training:
         self._spent = {"compute": 0.0, "comm": 0.0, "input": 0.0}
         self._since = dict.fromkeys((*self._spent, "step"), 0.0)  # seconds since the ranks last met
         self._print_due = False
+        self._comm_s, self._flight_s = np.zeros(2), np.zeros(2)   # of this epoch, of this run
         self._step_times: deque[float] = deque(maxlen=LAST_STEPS)
         self._epoch_rows = self._epoch_s = 0.0
         self._save_s = 0.0
@@ -246,14 +252,14 @@ class Training:
         self.exchange = open_exchange(c.sync, topology, layout.size, np.float32, own_params=c.full_update,
                                       wire=c.wire, servers=c.servers or 1)
         on_host = c.device == "cpu"
+        self.plan = self._plan_buckets(layout.size)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
-                               self.exchange.grads if on_host else None)
+                               self.exchange.grads if on_host else None, piece=self.plan.piece)
         ops.from_host(self._initial_parameters(), self.network.params)
-        buckets = self._buckets(layout.size)
 
         def strategy(whole: bool, params: Any) -> Any:
-            make = make_strategy(whole, self.exchange.collective.narrow)
-            return make(self.exchange.collective, buckets, topology.size, params, self.network.grads, ops)
+            make = make_strategy(whole, self.exchange.collective.narrow, self.plan.overlap)
+            return make(self.exchange.collective, self.plan.buckets, topology.size, params, self.network.grads, ops)
 
         self.strategy = strategy(c.full_update or self.local, self.network.params)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
@@ -281,9 +287,14 @@ class Training:
         return ((t + 1) % c.local_steps == 0 or t == self.steps_per_epoch - 1 or number + 1 == self.total_steps
                 or (number + 1) % (c.checkpoint_every or self.steps_per_epoch) == 0)
 
-    def _buckets(self, size: int) -> list[Bucket]:
+    def _plan_buckets(self, size: int) -> Plan:
+        c, t = self.config, self.topology
         if self.roles is None:
-            return cut(size, self.spec.layer_starts(), int(self.config.bucket_mb * 2**20) // 4, self.topology.size)
+            return plan(self.spec, self.exchange.collective, t.size, t.num_nodes, c.bucket_mb,
+                        False if c.full_update or self.local else c.overlap)
+        return Plan(self._server_buckets(size), None, False, 4 * size / 2**20)
+
+    def _server_buckets(self, size: int) -> list[Bucket]:
         from hpcmlp.sync.storage import one_bucket
         return one_bucket(size, self.roles)
 
@@ -361,6 +372,8 @@ class Training:
         self.console.line(header(self._header()))
         if self.exchange.note:
             self.console.line(self.exchange.note)
+        if self.config.overlap and not self.plan.overlap:
+            self.console.line("overlap has nothing to act on: there is one rank")
         if restored:
             self.console.line(f"resumed at step {step} of {self.total_steps}")
 
@@ -376,7 +389,7 @@ class Training:
                           f"thread(s) for rank 0"),
                 ("MPI", f"{width}, sync {self.exchange.name}"
                         f"{f', {self.exchange.wire} on the wire' if self.exchange.wire != 'float32' else ''}"
-                        f"{', whole update' if c.full_update else ''}{self._about_servers()}"),
+                        f"{', whole update' if c.full_update else ''}{self._overlap_text()}{self._about_servers()}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
                                        if c.device == "cpu" else "")),
                 ("data", f"{m.name}: {rows} rows of {m.num_features} features, {m.task}, {self.loader.mode}"),
@@ -393,6 +406,11 @@ class Training:
         what = "dedicated to" if self.roles.dedicated else "that also train, with"
         return (f", {self.roles.servers} server(s) {what} {len(self.roles.workers)} worker(s), staleness "
                 f"{self.config.staleness or 0}{', learning rate by staleness' if self.config.staleness_lr else ''}")
+    def _overlap_text(self) -> str:
+        number = len(self.plan.buckets)
+        if not self.plan.overlap:
+            return ""
+        return f", overlapped in {number} bucket{'s' * (number > 1)} of {self.plan.bucket_mb:g} MiB"
 
     def _loop(self, flag: StopFlag) -> None:
         """The steps of the run, each as the design's section 3 has it."""
@@ -509,7 +527,7 @@ class Training:
         self.topology = Topology(self.comm)
         self.roles = Roles(self.roles.servers, self.comm.size)
         self.exchange.collective = Served(self.comm, self.roles.servers)
-        self.strategy.go_on(self.exchange.collective, self._buckets(self.network.layout.size), self.comm.size)
+        self.strategy.go_on(self.exchange.collective, self._server_buckets(self.network.layout.size), self.comm.size)
         self.step.words = ControlWords(self.comm.size)
         if self.val is not None:
             self.val = self._loader("val")
@@ -576,6 +594,8 @@ class Training:
             self._spent[name] += seconds
             since[name] += seconds
         since["step"] += step_s
+        self._comm_s += result.comm_s
+        self._flight_s += result.flight_s
         self._epoch_s += step_s
         self._print_due |= bool(self.config.print_every) and (number + 1) % self.config.print_every == 0
         if not result.steps:
@@ -598,7 +618,7 @@ class Training:
             self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": result.loss,
                        "lr": self.schedule.lr(number), "grad_norm": result.grad_norm,
                        "samples_per_s": result.rows / result.steps / mean["step"], "compute_s": mean["compute"],
-                       "comm_s": mean["comm"], "input_s": mean["input"],
+                       "comm_s": mean["comm"], "hidden": result.hidden, "input_s": mean["input"],
                        **({"round": {"steps": result.steps, **asdict(result.round)}} if self.local else {})})
         if self._print_due:
             self._print_due = False
@@ -614,11 +634,14 @@ class Training:
         if self.val is not None and ((epoch + 1) % c.validate_every == 0 or progress.step == self.total_steps):
             val = self._validate()
         rate = self._epoch_rows / self._epoch_s
+        hidden = hidden_share(self._comm_s[0], self._flight_s[0])
+        self._comm_s[0] = self._flight_s[0] = 0.0
         self._epoch_rows = self._epoch_s = 0.0
         self.console.line(epoch_line(epoch + 1, None if c.steps is not None else self.total_steps //
-                                     self.steps_per_epoch, train_loss, val, rate, self._spent))
+                                     self.steps_per_epoch, train_loss, val, rate, self._spent,
+                                     hidden if self.plan.overlap else None))
         self._log({"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "train_loss": train_loss, "val": val,
-                   "samples_per_s": rate, "seconds": dict(self._spent)})
+                   "samples_per_s": rate, "seconds": dict(self._spent), "hidden": hidden})
         self._spent = dict.fromkeys(self._spent, 0.0)
         if self.roles is not None:
             self._report_servers(epoch + 1)
@@ -736,7 +759,9 @@ class Training:
         self.directory.write("summary.json", to_json(
             {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
              "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": self.exchange.name,
-             "wire": self.exchange.wire, "device": c.device, **self._served_summary(),
+             "wire": self.exchange.wire, "overlap": self.plan.overlap, "buckets": len(self.plan.buckets),
+             "bucket_mb": self.plan.bucket_mb, "hidden": hidden_share(self._comm_s[1], self._flight_s[1]),
+             "device": c.device, **self._served_summary(),
              **({"local": self.step.statistics(self.exchange.wire)} if self.local else {}),
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
