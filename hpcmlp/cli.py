@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         program, config = parse(sys.argv[1:] if argv is None else argv)
         world = launch.open_world()
     except Unavailable as error:
-        launch.end_unstarted(error.code, lambda: _say(error))
+        launch.end_unstarted(error.code, partial(_say, error))
     except HpcmlpError as error:
         if launch.launcher_rank() == 0:
             _say(error)
