@@ -40,8 +40,8 @@ from hpcmlp.sync.step import Step, StepResult, hidden_share
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps", "servers",
-                  "staleness", "staleness_lr", "worker_timeout"}
+                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps",
+                  "servers", "staleness", "staleness_lr", "worker_timeout"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 DEFAULT_EPOCHS = 10
 EVALUATION_ROWS = 1024

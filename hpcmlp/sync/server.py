@@ -75,7 +75,7 @@ def check_options(options: Any, size: int) -> None:
         raise ConfigError(f"--servers {servers} with {size} rank{'s' * (size > 1)}: give at most as many servers as "
                           "ranks, or start more ranks.")
     wrong = {"--full-update": options.full_update, "--bucket-mb": options.bucket_mb != type(options).bucket_mb,
-             "--overlap": getattr(options, "overlap", None), "--local-steps": options.local_steps > 1,
+             "--overlap": options.overlap, "--local-steps": options.local_steps > 1,
              "--outer-optimizer": options.outer_optimizer != "none"}
     for name, given in wrong.items():
         if given:

@@ -300,7 +300,7 @@ def test_numbers_that_are_not_finite_skip_the_update_on_all_servers(comm):
 def options(**given):
     kept = {"servers": None, "staleness": None, "staleness_lr": False, "worker_timeout": None, "full_update": False,
             "bucket_mb": 32.0, "trace": False, "device": "cpu", "optimizer": "adamw", "clip_norm": None,
-            "local_steps": 1, "outer_optimizer": "none"}
+            "local_steps": 1, "outer_optimizer": "none", "overlap": None}
     return type("Options", (SimpleNamespace,), {"bucket_mb": 32.0})(**{**kept, **given})
 
 
@@ -309,6 +309,7 @@ def options(**given):
     ({"full_update": True}, 2, "--full-update has no effect"),
     ({"bucket_mb": 1.0}, 2, "--bucket-mb has no effect"),
     ({"local_steps": 4}, 2, "--local-steps has no effect"),
+    ({"overlap": True}, 2, "--overlap has no effect"),
     ({"staleness_lr": True}, 2, "--staleness-lr has no effect with --staleness 0"),
     ({"worker_timeout": 2.0}, 2, "--worker-timeout has no effect"),
     ({"staleness": "3", "servers": 2}, 2, "needs dedicated servers"),
