@@ -13,8 +13,8 @@ that is skipped takes the residuals of its own call along. Only the sum of the r
 it for a checkpoint and leaves it with the rank before the owner, so that a run that goes on and one that resumes from
 the checkpoint, at the same rank count, hold the same.
 
-`gather_towards` is the narrow second half: the owner of a part holds its master; it sends master - array, encoded, and
-every rank, the owner too, adds the decoded difference to its array. Arrays stay float32 with the same bits on all
+`gather_towards` is the narrow second half: the owner of a part holds its master; it sends master - replica, encoded,
+and every rank, the owner too, adds the decoded difference to its replica. Replicas stay float32 with the same bits on all
 ranks, and what was rounded away is in the next difference: an element is never further from its master than one
 rounding of its last way. (P. Richtarik et al., "EF21", NeurIPS 2021; the sending owner is the server of H. Tang et
 al., "DoubleSqueeze", ICML 2019.)
@@ -66,22 +66,23 @@ class WireRing(Ring):
             with np.errstate(over="ignore", invalid="ignore"):  # gradients that are not finite are told by the words
                 plan.run(words)
 
-    def gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> None:
-        """Move every part of `array` towards its owner's `master`, alike on all ranks, by a rounded difference.
+    def gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> None:
+        """Move every part towards what its owner has in its place, alike on all ranks, by a rounded difference.
 
         Collective over `comm`.
 
         Parameters
         ----------
-        array : float32, contiguous, with the same bits on all ranks before and after.
+        array : float32, contiguous. Before, this rank's part holds its master, other parts the replica that all ranks
+            have; after, all parts hold the moved replica, with the same bits on all ranks.
         bounds : (size+1,) ascending element offsets, the same on all ranks; parts may be empty.
-        master : float32, contiguous, as long as this rank's part: what it should become.
+        kept : float32, contiguous, as long as this rank's part: before, its replica; after, its master.
         """
         if self.size == 1:
-            np.copyto(array[int(bounds[0]):int(bounds[1])], master)
+            np.copyto(kept, array[int(bounds[0]):int(bounds[1])])
             return
         with np.errstate(over="ignore", invalid="ignore"):
-            self._plan(_NarrowAllGather, array, bounds, 0).run(master)
+            self._plan(_NarrowAllGather, array, bounds, 0).run(kept)
 
     def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
         """Write into `out` what all ranks' reductions of `array` still owe it, and keep that as `put_residual` does.
@@ -216,10 +217,10 @@ class _NarrowAllGather:
                 send = outgoing(data) if hop < size - 2 else None
                 self._others.append((self._receives[-1], values, data, send))
 
-    def run(self, master: np.ndarray) -> None:
+    def run(self, kept: np.ndarray) -> None:
         MPI.Prequest.Startall(self._receives)
-        for (own, data, send), target in zip(self._own, pieces(master, self._segment_bytes), strict=True):
-            self._wire.towards(own, target, data)
+        for (own, data, send), replica in zip(self._own, pieces(kept, self._segment_bytes), strict=True):
+            self._wire.towards(own, replica, data)
             send.Start()
         for receive, values, data, send in self._others:
             receive.Wait()

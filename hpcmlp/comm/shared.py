@@ -162,15 +162,15 @@ class Shared:
             self._cross.all_gather(share, inner)
         self._spread(window, plan)
 
-    def gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> None:
-        """Move every part of `array` towards its owner's `master`, as `WireRing.gather_towards` does between the nodes.
+    def gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> None:
+        """Move every part towards what its owner has in its place, as `WireRing.gather_towards` between the nodes.
 
         Collective over the ranks. Only with a narrow ring between nodes, and for arrays made here.
         """
         window = self._window_of(array)
         plan = self._plan(window, array, bounds)
         _, _, share, inner = plan
-        self._cross.gather_towards(share, inner, master)
+        self._cross.gather_towards(share, inner, kept)
         self._spread(window, plan)
 
     def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
