@@ -14,8 +14,8 @@ it for a checkpoint and leaves it with the rank before the owner, so that a run 
 the checkpoint, at the same rank count, hold the same.
 
 `gather_towards` is the narrow second half: the owner of a part holds its master; it sends master - replica, encoded,
-and every rank, the owner too, adds the decoded difference to its replica. Replicas stay float32 with the same bits on all
-ranks, and what was rounded away is in the next difference: an element is never further from its master than one
+and every rank, the owner too, adds the decoded difference to its replica. Replicas stay float32 with the same bits on
+all ranks, and what was rounded away is in the next difference: an element is never further from its master than one
 rounding of its last way. (P. Richtarik et al., "EF21", NeurIPS 2021; the sending owner is the server of H. Tang et
 al., "DoubleSqueeze", ICML 2019.)
 
