@@ -6,13 +6,20 @@ r holds the whole sum of part r. The all-gather passes the finished parts on the
 a segment is added while the next one is under way, and goes on to the next rank at once. One rank adds a part up and
 the others copy it, and the order of the ranks in the sum is fixed, so all ranks hold the same bits in every run.
 
+A collective that was started (`start_reduce_scatter`, `start_all_gather`) goes on whenever `advance` is called, and its
+result stands after the `wait` of what the start returned. Several may be under way: each has tags and work buffers of
+its own and receives from the first moment, but they send in the order in which they were started, as one alone would.
+So the first to start is the first to end, and none shares the wire with a later one.
+
 Cost, for n bytes on P ranks: each rank sends (P-1)/P n in each half, 2 (P-1)/P n in an all-reduce, which is the least
 possible, in 2 (P-1) hops. P. Patarasuk, X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations", J. Parallel Distrib. Comput. 69 (2009).
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from time import perf_counter_ns
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -24,7 +31,10 @@ from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, pieces
 SEGMENT_BYTES = 2**20
 DEPTH = 2           # segments that may be on their way to this rank at once
 MAX_PLANS = 64      # prepared (array, bounds) pairs that are kept
-DATA_TAG, WORDS_TAG = 1, 2
+BROADCAST_TAG = 1
+FIRST_TAG = 16      # each plan has two tags from here on, data and words
+TAG_PAIRS = 2**13   # then they begin anew; MPI promises tags up to 2**15 - 1
+PROBE_BYTES = 2**20
 
 Bounds = Sequence[int] | np.ndarray
 
@@ -42,6 +52,7 @@ class Ring:
     limit_bytes : no message is larger; for tests.
     """
 
+    starts = True       # collectives can be started and waited for
     narrow = False      # whether float32 arrays are rounded on their way: then there is `gather_towards` and `settle`
 
     def __init__(self, comm: MPI.Intracomm, segment_bytes: int = SEGMENT_BYTES, limit_bytes: int = LIMIT_BYTES):
@@ -49,10 +60,12 @@ class Ring:
         self.rank = self.part = comm.rank    # part: which part of the bounds this rank gets
         self.size = comm.size
         self.segment_bytes = min(segment_bytes, limit_bytes)
+        self.threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED    # another thread may call `advance`, in turn
         self._left = (self.rank - 1) % self.size
         self._right = (self.rank + 1) % self.size
-        self._work = [np.empty(max(8, self.segment_bytes), np.uint8) for _ in range(DEPTH)]
-        self._plans: OrderedDict[tuple, _ReduceScatter | _AllGather] = OrderedDict()
+        self._plans: OrderedDict[tuple, _Plan] = OrderedDict()
+        self._made = 0
+        self._flight: deque[_Operation] = deque()
 
     def empty(self, size: int, dtype: np.dtype | type) -> np.ndarray:
         """Return a zeroed (size,) array of this rank, 64-byte aligned, that the collectives handle well. Local."""
@@ -76,7 +89,7 @@ class Ring:
             travels with every part.
         """
         if self.size > 1:
-            self._plan(_ReduceScatter, array, bounds, 0 if words is None else words.size).run(words)
+            self._run(self._reduce_plan(array, bounds, words), words)
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
         """Copy every rank's part, `array[bounds[r]:bounds[r+1]]`, to all ranks, in place.
@@ -84,7 +97,30 @@ class Ring:
         Collective over `comm`. Parameters as for `reduce_scatter`.
         """
         if self.size > 1:
-            self._plan(_AllGather, array, bounds, 0).run()
+            self._run(self._plan(_AllGather, array, bounds, 0), None)
+
+    def start_reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> Any:
+        """Start a `reduce_scatter` and return it at once: `wait()` it, and leave `array` and `words` alone until then.
+
+        Collective over `comm`, in the order of the starts on all ranks; nothing here waits for another rank.
+        """
+        return self._start(self._reduce_plan(array, bounds, words) if self.size > 1 else None, words)
+
+    def start_all_gather(self, array: np.ndarray, bounds: Bounds) -> Any:
+        """Start an `all_gather` and return it at once: `wait()` it; until then read `array` only outside the bounds.
+
+        Collective over `comm`, as `start_reduce_scatter`.
+        """
+        return self._start(self._plan(_AllGather, array, bounds, 0) if self.size > 1 else None, None)
+
+    def advance(self) -> bool:
+        """Take what was started as far as it goes without waiting; return whether nothing is under way. Local."""
+        for operation in self._flight:
+            if not (operation.advance() or operation.sent()):
+                break   # the turn of the next one to send has not come
+        while self._flight and self._flight[0].done:
+            self._flight.popleft()
+        return not self._flight
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
         """Replace `array` by its sum over the ranks, with the same bits on all of them; `words` likewise.
@@ -103,10 +139,31 @@ class Ring:
         sends = []
         for piece in pieces(array.reshape(-1).view(np.uint8), self.segment_bytes):
             if self.rank != root:
-                self.comm.Recv(piece, self._left, DATA_TAG)
+                self.comm.Recv(piece, self._left, BROADCAST_TAG)
             if self._right != root:
-                sends.append(self.comm.Isend(piece, self._right, DATA_TAG))
+                sends.append(self.comm.Isend(piece, self._right, BROADCAST_TAG))
         MPI.Request.Waitall(sends)
+
+    def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
+        """Return the size from which on an array's collectives spend at most the share `loss` of their time on latency.
+
+        Collective over `comm`: from a short measurement between neighbours, the same on all ranks. A hop of n bytes in
+        all takes delay_s + latency + n / size / bandwidth; `delay_s` is what the caller adds to the latency, seconds.
+        """
+        def exchange(num_bytes: int, times: int) -> float:
+            out, into = np.zeros(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
+            taken = []
+            for _ in range(times):
+                begin = perf_counter_ns()
+                self.comm.Sendrecv(out, self._right, BROADCAST_TAG, into, self._left, BROADCAST_TAG)
+                taken.append(1e-9 * (perf_counter_ns() - begin))
+            return sorted(taken)[times // 2]
+
+        exchange(8, 3)      # the first messages make connections
+        latency = exchange(8, 11)
+        slowest = np.array([latency, exchange(PROBE_BYTES, 5) / PROBE_BYTES])
+        self.comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+        return int(self.size * (slowest[0] + delay_s) / loss / slowest[1])
 
     def forget(self) -> None:
         """Drop the prepared messages and with them the references to the caller's arrays. Local."""
@@ -121,18 +178,52 @@ class Ring:
         self.forget()
         self.comm.Free()
 
-    def _plan(self, kind: type, array: np.ndarray, bounds: Bounds, num_words: int) -> "_ReduceScatter | _AllGather":
+    def _reduce_plan(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None) -> "_Plan":
+        return self._plan(_ReduceScatter, array, bounds, 0 if words is None else words.size)
+
+    def _plan(self, kind: type, array: np.ndarray, bounds: Bounds, num_words: int) -> "_Plan":
         where = bounds.tobytes() if isinstance(bounds, np.ndarray) else tuple(bounds)
-        # The plan keeps the memory alive, so an address cannot come to mean another array.
-        key = (kind, array.__array_interface__["data"][0], array.dtype.char, where, num_words)
+        # The plan keeps the memory alive, so an address cannot come to mean another array. Where there is no memory an
+        # address says nothing, and might be an old one on one rank only: then the ranks' tags would part.
+        address = array.__array_interface__["data"][0] if bounds[0] < bounds[-1] else 0
+        key = (kind, address, array.dtype.char, where, num_words)
         plan = self._plans.get(key)
         if plan is None:
-            plan = kind(self, array, [int(bound) for bound in bounds], num_words)
-            self._plans[key] = plan
-            if len(self._plans) > MAX_PLANS:
-                self._plans.popitem(last=False)[1].free()
+            tag = FIRST_TAG + 2 * (self._made % TAG_PAIRS)
+            self._made += 1
+            if len(self._plans) >= MAX_PLANS:
+                self._drop_one()
+            plan = self._plans[key] = kind(self, array, [int(bound) for bound in bounds], num_words, tag)
         self._plans.move_to_end(key)
         return plan
+
+    def _drop_one(self) -> None:
+        """Forget the plan used longest ago that nobody waits for: alike on all ranks, how far each may be."""
+        for key, plan in self._plans.items():
+            if not plan.busy:
+                del self._plans[key]
+                plan.free()
+                return
+
+    def _run(self, plan: "_Plan", words: np.ndarray | None) -> None:
+        if self._flight:
+            self._start(plan, words).wait()
+            return
+        plan.post()
+        for request in plan.steps(words):
+            request.Wait()
+
+    def _start(self, plan: "_Plan | None", words: np.ndarray | None) -> "_Operation":
+        operation = _Operation(self, plan, words)
+        if plan is not None:
+            self._flight.append(operation)
+            self.advance()
+        return operation
+
+    def _wait(self, operation: "_Operation") -> None:
+        while not operation.done:
+            self._flight[0].block()
+            self.advance()
 
     def _parts(self, array: np.ndarray, bounds: list[int]) -> list[list[np.ndarray]]:
         """Cut every part into its segments, alike on all ranks."""
@@ -142,98 +233,191 @@ class Ring:
                 for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-class _ReduceScatter:
-    """The messages of one reduce-scatter, prepared."""
+class _Operation:
+    """A collective under way: its plan, and how far it is.
 
-    def __init__(self, ring: Ring, array: np.ndarray, bounds: list[int], num_words: int):
+    began, ended : when it was started and when its end was seen, `time.perf_counter_ns`; `ended` is 0 before that.
+    """
+
+    def __init__(self, ring: Ring, plan: "_Plan | None", words: np.ndarray | None):
+        self._ring, self._plan = ring, plan
+        self.done = plan is None
+        self.began = perf_counter_ns()
+        self.ended = self.began if self.done else 0
+        if plan is not None:
+            assert not plan.busy, "an array is started again before it has been waited for"
+            plan.busy = True
+            plan.post()
+            self._steps = plan.steps(words)
+            self._request: Any = None   # what the next step waits for; None before the first
+
+    def advance(self) -> bool:
+        """Go on without waiting; return whether all is done. Local."""
+        while not self.done and (self._request is None or self._request.Test()):
+            self._next()
+        return self.done
+
+    def block(self) -> None:
+        """Wait for what the next step needs, and take it. Local."""
+        if self._request is not None:
+            self._request.Wait()
+        self._next()
+
+    def sent(self) -> bool:
+        """Return whether all of this rank's messages are on their way, so that others may follow. Local."""
+        return self._plan.all_started and MPI.Request.Testall(self._plan.sends)
+
+    def wait(self) -> None:
+        """Return when the result stands. Collective, in the order of the starts."""
+        self._ring._wait(self)
+        if self._plan is not None:
+            self._plan.busy = False
+
+    def _next(self) -> None:
+        self._request = next(self._steps, None)
+        if self._request is None:
+            self.done, self.ended = True, perf_counter_ns()
+
+
+class _All:
+    """Several requests as one."""
+
+    def __init__(self, requests: list[MPI.Prequest]):
+        self.requests = requests
+
+    def Wait(self) -> None:
+        MPI.Request.Waitall(self.requests)
+
+    def Test(self) -> bool:
+        return MPI.Request.Testall(self.requests)
+
+
+class _Plan:
+    """The messages of one collective on one array, prepared.
+
+    `post` starts to receive; `steps` sends and does the rest, and yields each request that must have ended before it
+    can go on: a caller that waits for them and one that asks now and then run the same code.
+
+    busy : started and not yet waited for. all_started : nothing more will be sent than what `sends` are busy with.
+    """
+
+    def __init__(self, array: np.ndarray):
+        self.array = array  # kept, so that its address cannot come to mean another one
+        self.busy = self.all_started = False
+        self.sends: list[MPI.Prequest] = []
+        self._receives: list[MPI.Prequest] = []
+        self._posted: list[MPI.Prequest] = []   # what is received from the first moment
+
+    def post(self) -> None:
+        self.all_started = False
+        MPI.Prequest.Startall(self._posted)
+
+    def steps(self, words: np.ndarray | None) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def free(self) -> None:
+        for request in [*self.sends, *self._receives]:
+            request.Free()
+
+
+class _ReduceScatter(_Plan):
+    """The messages of one reduce-scatter."""
+
+    def __init__(self, ring: Ring, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
+        super().__init__(array)
         comm, rank, size = ring.comm, ring.rank, ring.size
         parts = ring._parts(array, bounds)
-        first_sends = [comm.Send_init(piece, ring._right, DATA_TAG) for piece in parts[rank - 1]]
-        self._sends = list(first_sends)
-        self._receives = []
+        first_sends = [comm.Send_init(piece, ring._right, tag) for piece in parts[rank - 1]]
+        self.sends = list(first_sends)
+        buffers = work_buffers(parts)
         hops = []
         for hop in range(size - 1):
             steps = []
             for own in parts[(rank - 2 - hop) % size]:
-                work = ring._work[len(self._receives) % DEPTH][:own.nbytes].view(array.dtype)
-                self._receives.append(comm.Recv_init(work, ring._left, DATA_TAG))
-                send = comm.Send_init(own, ring._right, DATA_TAG) if hop < size - 2 else None
+                work = buffers[len(self._receives) % DEPTH][:own.nbytes].view(array.dtype)
+                self._receives.append(comm.Recv_init(work, ring._left, tag))
+                send = comm.Send_init(own, ring._right, tag) if hop < size - 2 else None
                 if send is not None:
-                    self._sends.append(send)
+                    self.sends.append(send)
                 steps.append((own, work, send))
             hops.append(steps)
         # A work buffer takes segment i + DEPTH as soon as segment i has been added.
         later = iter([*self._receives[DEPTH:], *[None] * DEPTH])
         receives = iter(self._receives)
         self._hops = [[(next(receives), own, work, next(later), send) for own, work, send in steps] for steps in hops]
-        self._prepare_words(ring, num_words)
-        self._first = [*self._receives[:DEPTH], *self._word_receives, *self._word_sends[:1], *first_sends]
+        self._posted = self._receives[:DEPTH]
+        self._prepare_words(ring, num_words, tag + 1)
+        self._first = [*self._word_sends[:1], *first_sends]
+        self._sent = _All(self.sends)
 
-    def _prepare_words(self, ring: Ring, num_words: int) -> None:
+    def _prepare_words(self, ring: Ring, num_words: int, tag: int) -> None:
         # Row 0 holds this rank's words; row k + 1 what hop k brings, then plus row 0, which hop k + 1 sends on.
         self._rows = list(np.empty((ring.size, num_bins(ring.size), num_words)))
-        self._word_sends = []
-        self._word_receives = []
+        self._word_sends: list[MPI.Prequest] = []
+        self._word_receives: list[MPI.Prequest] = []
         if num_words:
-            self._word_sends = [ring.comm.Send_init(row, ring._right, WORDS_TAG) for row in self._rows[:-1]]
-            self._word_receives = [ring.comm.Recv_init(row, ring._left, WORDS_TAG) for row in self._rows[1:]]
-            self._sends.extend(self._word_sends)
+            self._word_sends = [ring.comm.Send_init(row, ring._right, tag) for row in self._rows[:-1]]
+            self._word_receives = [ring.comm.Recv_init(row, ring._left, tag) for row in self._rows[1:]]
+            self.sends.extend(self._word_sends)
+            self._posted = [*self._posted, *self._word_receives]
+            self._receives.extend(self._word_receives)
 
-    def run(self, words: np.ndarray | None) -> None:
+    def steps(self, words: np.ndarray | None) -> Iterator[Any]:
         add, rows = np.add, self._rows
         if words is not None:
             split(words, rows[0])
         MPI.Prequest.Startall(self._first)
         for hop, steps in enumerate(self._hops):
             if self._word_sends:
-                self._word_receives[hop].Wait()
+                yield self._word_receives[hop]
                 add(rows[hop + 1], rows[0], rows[hop + 1])
                 if hop + 1 < len(self._hops):
                     self._word_sends[hop + 1].Start()
+            if hop + 1 == len(self._hops):
+                self.all_started = True
             for receive, own, work, later, send in steps:
-                receive.Wait()
+                yield receive
                 add(own, work, own)
                 if later is not None:
                     later.Start()
                 if send is not None:
                     send.Start()
-        MPI.Request.Waitall(self._sends)
+        yield self._sent
         if words is not None:
             join(rows[-1], words)
 
-    def free(self) -> None:
-        for request in [*self._sends, *self._receives, *self._word_receives]:
-            request.Free()
 
+class _AllGather(_Plan):
+    """The messages of one all-gather; every segment is received in its place."""
 
-class _AllGather:
-    """The messages of one all-gather, prepared; every segment is received in its place."""
-
-    def __init__(self, ring: Ring, array: np.ndarray, bounds: list[int], num_words: int):
+    def __init__(self, ring: Ring, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
+        super().__init__(array)
         comm, rank, size = ring.comm, ring.rank, ring.size
         parts = ring._parts(array, bounds)
-        first_sends = [comm.Send_init(piece, ring._right, DATA_TAG) for piece in parts[rank]]
-        self._sends = list(first_sends)
-        self._receives = []
+        self._first = [comm.Send_init(piece, ring._right, tag) for piece in parts[rank]]
+        self.sends = list(self._first)
         self._forward = []
         for hop in range(size - 1):
             for piece in parts[(rank - 1 - hop) % size]:
-                receive = comm.Recv_init(piece, ring._left, DATA_TAG)
+                receive = comm.Recv_init(piece, ring._left, tag)
                 self._receives.append(receive)
                 if hop < size - 2:
-                    send = comm.Send_init(piece, ring._right, DATA_TAG)
-                    self._sends.append(send)
+                    send = comm.Send_init(piece, ring._right, tag)
+                    self.sends.append(send)
                     self._forward.append((receive, send))
-        self._first = [*self._receives, *first_sends]
-        self._all = [*self._receives, *self._sends]
+        self._posted = self._receives
+        self._all = _All([*self._receives, *self.sends])
 
-    def run(self) -> None:
+    def steps(self, words: np.ndarray | None) -> Iterator[Any]:
         MPI.Prequest.Startall(self._first)
         for receive, send in self._forward:
-            receive.Wait()
+            yield receive
             send.Start()
-        MPI.Request.Waitall(self._all)
+        self.all_started = True
+        yield self._all
 
-    def free(self) -> None:
-        for request in self._all:
-            request.Free()
+
+def work_buffers(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """Return the buffers that take what comes in before it is added, bytes of the largest segment. Local."""
+    largest = max((piece.nbytes for part in parts for piece in part), default=0)
+    return [np.empty(max(8, largest), np.uint8) for _ in range(DEPTH)]

@@ -25,12 +25,15 @@ Cost: bytes of both halves fall to 1/2 (bf16, float16) or about 1/4 (int8); memo
 element, and by the messages on their way, 2 times 2 (1) bytes an element.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 from mpi4py import MPI
 
 from hpcmlp.comm.exact_sum import join, split
 from hpcmlp.comm.messages import LIMIT_BYTES, pieces
-from hpcmlp.comm.ring import DATA_TAG, DEPTH, SEGMENT_BYTES, Bounds, Ring, _ReduceScatter
+from hpcmlp.comm.ring import DEPTH, SEGMENT_BYTES, Bounds, Ring, _All, _Plan, _ReduceScatter, work_buffers
 from hpcmlp.comm.wire import make_format
 
 
@@ -54,17 +57,11 @@ class WireRing(Ring):
         self.wire, self.feedback = make_format(wire, max(1, self.segment_bytes // 4)), feedback
         self._residuals: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
-    def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
-        """Sum over the ranks as `Ring.reduce_scatter` does; a float32 array is rounded on its way.
-
-        Collective over `comm`. `words` are exact.
-        """
+    def _reduce_plan(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None) -> _Plan:
+        """Plan a `reduce_scatter`: a float32 array is rounded on its way, `words` are exact."""
         if array.dtype != np.float32:
-            super().reduce_scatter(array, bounds, words)
-        elif self.size > 1:
-            plan = self._plan(_NarrowReduceScatter, array, bounds, 0 if words is None else words.size)
-            with np.errstate(over="ignore", invalid="ignore"):  # gradients that are not finite are told by the words
-                plan.run(words)
+            return super()._reduce_plan(array, bounds, words)
+        return self._plan(_NarrowReduceScatter, array, bounds, 0 if words is None else words.size)
 
     def gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> None:
         """Move every part towards what its owner has in its place, alike on all ranks, by a rounded difference.
@@ -80,9 +77,17 @@ class WireRing(Ring):
         """
         if self.size == 1:
             np.copyto(kept, array[int(bounds[0]):int(bounds[1])])
-            return
-        with np.errstate(over="ignore", invalid="ignore"):
-            self._plan(_NarrowAllGather, array, bounds, 0).run(kept)
+        else:
+            self._run(self._plan(_NarrowAllGather, array, bounds, 0), kept)
+
+    def start_gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> Any:
+        """Start a `gather_towards` and return it at once: `wait()` it, and leave `kept` alone until then.
+
+        Collective over `comm`, as `start_reduce_scatter`.
+        """
+        if self.size == 1:
+            self.gather_towards(array, bounds, kept)
+        return self._start(self._plan(_NarrowAllGather, array, bounds, 0) if self.size > 1 else None, kept)
 
     def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
         """Write into `out` what all ranks' reductions of `array` still owe it, and keep that as `put_residual` does.
@@ -92,7 +97,8 @@ class WireRing(Ring):
         """
         rest = self._residual(array, [int(bound) for bound in bounds])
         out[...] = 0.0 if rest is None else rest
-        super().reduce_scatter(out, bounds)
+        if self.size > 1:
+            self._run(super()._reduce_plan(out, bounds, None), None)
         self.all_gather(out, bounds)
         self.put_residual(array, bounds, out)
 
@@ -124,88 +130,94 @@ class WireRing(Ring):
 
 
 class _NarrowReduceScatter(_ReduceScatter):
-    """The messages of one reduce-scatter in a narrow format, prepared."""
+    """The messages of one reduce-scatter in a narrow format."""
 
-    def __init__(self, ring: WireRing, array: np.ndarray, bounds: list[int], num_words: int):
+    def __init__(self, ring: WireRing, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
+        _Plan.__init__(self, array)
         comm, rank, size = ring.comm, ring.rank, ring.size
         self._wire = ring.wire
         residual = ring._residual(array, bounds)
         parts = ring._parts(array, bounds)
         rests = [[None] * len(part) for part in parts] if residual is None else ring._parts(residual, bounds)
-        self._sends, self._receives = [], []
 
         def outgoing(part: int) -> list[tuple]:
             steps = []
             for own, rest in zip(parts[part], rests[part], strict=True):
                 out = np.empty(ring.wire.num_bytes(own.size), np.uint8)
-                send = comm.Send_init(out, ring._right, DATA_TAG)
-                self._sends.append(send)
+                send = comm.Send_init(out, ring._right, tag)
+                self.sends.append(send)
                 steps.append((own, rest, out, send))
             return steps
 
         self._start = outgoing((rank - 1) % size)
-        works, hops = [], []
+        works, hops, buffers = [], [], work_buffers(parts)
         for hop in range(size - 1):
             part = (rank - 2 - hop) % size
             hops.append(outgoing(part) if hop < size - 2 else [(own, None, None, None) for own in parts[part]])
             for own in parts[part]:
-                work = ring._work[len(works) % DEPTH][:ring.wire.num_bytes(own.size)]
-                self._receives.append(comm.Recv_init(work, ring._left, DATA_TAG))
+                work = buffers[len(works) % DEPTH][:ring.wire.num_bytes(own.size)]
+                self._receives.append(comm.Recv_init(work, ring._left, tag))
                 works.append(work)
         # A work buffer takes segment i + DEPTH as soon as segment i has been added.
         incoming = zip(self._receives, works, [*self._receives[DEPTH:], *[None] * DEPTH], strict=False)
         self._hops = [[(*next(incoming), *step) for step in steps] for steps in hops]
-        self._prepare_words(ring, num_words)
-        self._first = [*self._receives[:DEPTH], *self._word_receives, *self._word_sends[:1]]
+        self._posted = self._receives[:DEPTH]
+        self._prepare_words(ring, num_words, tag + 1)
+        self._sent = _All(self.sends)
 
-    def run(self, words: np.ndarray | None) -> None:
+    def steps(self, words: np.ndarray | None) -> Iterator[Any]:
         rows = self._rows
         if words is not None:
             split(words, rows[0])
-        MPI.Prequest.Startall(self._first)
+        MPI.Prequest.Startall(self._word_sends[:1])
         for own, rest, out, send in self._start:
             self._send(own, rest, out, send)
         for hop, steps in enumerate(self._hops):
             if self._word_sends:
-                self._word_receives[hop].Wait()
+                yield self._word_receives[hop]
                 np.add(rows[hop + 1], rows[0], rows[hop + 1])
                 if hop + 1 < len(self._hops):
                     self._word_sends[hop + 1].Start()
+            if hop + 1 == len(self._hops):
+                self.all_started = True
             for receive, work, later, own, rest, out, send in steps:
-                receive.Wait()
-                self._wire.add(work, own)
+                yield receive
+                with quiet():
+                    self._wire.add(work, own)
                 if later is not None:
                     later.Start()
                 if send is not None:
                     self._send(own, rest, out, send)
-        MPI.Request.Waitall(self._sends)
+        yield self._sent
         if words is not None:
             join(rows[-1], words)
 
     def _send(self, own: np.ndarray, rest: np.ndarray | None, out: np.ndarray, send: MPI.Prequest) -> None:
         """Send the partial sum `own` on, and keep in `rest` what the narrow format leaves of it."""
-        if rest is None:
-            self._wire.encode(own, out)
-        else:
-            self._wire.round(own, rest, out)
+        with quiet():
+            if rest is None:
+                self._wire.encode(own, out)
+            else:
+                self._wire.round(own, rest, out)
         send.Start()
 
 
-class _NarrowAllGather:
-    """The messages of one gathering of rounded differences, prepared; a segment goes on before it is decoded."""
+class _NarrowAllGather(_Plan):
+    """The messages of one gathering of rounded differences; a segment goes on before it is decoded."""
 
-    def __init__(self, ring: WireRing, array: np.ndarray, bounds: list[int], num_words: int):
+    def __init__(self, ring: WireRing, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
+        super().__init__(array)
         comm, rank, size = ring.comm, ring.rank, ring.size
         self._wire, self._segment_bytes = ring.wire, ring.segment_bytes
         parts = ring._parts(array, bounds)
-        self._sends, self._receives, self._own, self._others = [], [], [], []
+        self._own, self._others = [], []
 
         def buffer(values: np.ndarray) -> np.ndarray:
             return np.empty(ring.wire.num_bytes(values.size), np.uint8)
 
         def outgoing(data: np.ndarray) -> MPI.Prequest:
-            self._sends.append(comm.Send_init(data, ring._right, DATA_TAG))
-            return self._sends[-1]
+            self.sends.append(comm.Send_init(data, ring._right, tag))
+            return self.sends[-1]
 
         for own in parts[rank]:
             data = buffer(own)
@@ -213,22 +225,31 @@ class _NarrowAllGather:
         for hop in range(size - 1):
             for values in parts[(rank - 1 - hop) % size]:
                 data = buffer(values)
-                self._receives.append(comm.Recv_init(data, ring._left, DATA_TAG))
+                self._receives.append(comm.Recv_init(data, ring._left, tag))
                 send = outgoing(data) if hop < size - 2 else None
-                self._others.append((self._receives[-1], values, data, send))
+                self._others.append((self._receives[-1], values, data, send, hop == size - 2))
+        self._posted = self._receives
+        self._sent = _All(self.sends)
 
-    def run(self, kept: np.ndarray) -> None:
-        MPI.Prequest.Startall(self._receives)
+    def steps(self, kept: np.ndarray) -> Iterator[Any]:
         for (own, data, send), replica in zip(self._own, pieces(kept, self._segment_bytes), strict=True):
-            self._wire.towards(own, replica, data)
+            with quiet():
+                self._wire.towards(own, replica, data)
             send.Start()
-        for receive, values, data, send in self._others:
-            receive.Wait()
+        for receive, values, data, send, last_hop in self._others:
+            self.all_started = last_hop
+            yield receive
             if send is not None:
                 send.Start()
-            self._wire.add(data, values)    # reading what is being sent is allowed
-        MPI.Request.Waitall(self._sends)
+            with quiet():
+                self._wire.add(data, values)    # reading what is being sent is allowed
+        self.all_started = True
+        yield self._sent
 
-    def free(self) -> None:
-        for request in [*self._sends, *self._receives]:
-            request.Free()
+
+def quiet() -> np.errstate:
+    """Return the context in which NumPy says nothing of numbers that are not finite: the control words do. Local.
+
+    Only around arithmetic: what a generator sets lasts over its yields, in the code of whoever drives it.
+    """
+    return np.errstate(over="ignore", invalid="ignore")

@@ -52,6 +52,8 @@ class Shared:
 
     WAITS = ("_meet",)  # methods that only wait for other ranks, for whoever measures them
 
+    starts = True
+
     def __init__(self, topology: Topology, make_cross: Callable[[MPI.Intracomm], Ring] = Ring):
         self.topology = topology
         self.comm, self.node = topology.comm, topology.node.Dup()
@@ -59,7 +61,7 @@ class Shared:
         self.local_rank, self.local_size = topology.local_rank, topology.local_size
         self.part = topology.local_rank * topology.num_nodes + topology.cross_rank
         self._cross = make_cross(topology.cross)
-        self.narrow = self._cross.narrow
+        self.narrow, self.threads = self._cross.narrow, self._cross.threads
         self._ring: Ring | None = None
         self._windows: list[_Window] = []
         self._plans: dict[tuple, Any] = {}
@@ -135,6 +137,26 @@ class Shared:
         if window is None:
             self._on_ring().reduce_scatter(array, self._in_rank_order(bounds), words)
             return
+        share, inner = self._reduce_on_node(window, array, bounds, words)
+        if self._cross.size > 1:
+            self._cross.reduce_scatter(share, inner, words)
+        self._meet(window)
+
+    def start_reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> Any:
+        """Sum over the ranks of the node, start to sum over the nodes, and return that, to `wait()` for.
+
+        Collective over the ranks: waits for the ranks of the node, not for other nodes. Until the wait has returned
+        the ranks of the node read `array`. Waits come in the order of the starts, with no start between them.
+        """
+        window = self._find(array)
+        if window is None:
+            return self._on_ring().start_reduce_scatter(array, self._in_rank_order(bounds), words)
+        share, inner = self._reduce_on_node(window, array, bounds, words)
+        return _Later(self._cross.start_reduce_scatter(share, inner, words), lambda: self._meet(window))
+
+    def _reduce_on_node(self, window: "_Window", array: np.ndarray, bounds: Bounds,
+                        words: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Sum this local rank's share of `array`, and `words`, over the node; return the share and its bounds."""
         sources, _, share, inner = self._plan(window, array, bounds)
         if words is not None:
             self._words[self.local_rank][:words.size] = words
@@ -146,9 +168,7 @@ class Shared:
             words[:] = self._words[0][:words.size]
             for slot in self._words[1:]:
                 words += slot[:words.size]
-        if self._cross.size > 1:
-            self._cross.reduce_scatter(share, inner, words)
-        self._meet(window)
+        return share, inner
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
         """Copy every rank's part to all ranks, in place. Collective over the ranks."""
@@ -161,6 +181,28 @@ class Shared:
         if self._cross.size > 1:
             self._cross.all_gather(share, inner)
         self._spread(window, plan)
+
+    def start_all_gather(self, array: np.ndarray, bounds: Bounds) -> Any:
+        """Start an `all_gather` over the nodes and return it, to `wait()` for: then the node's ranks have it too.
+
+        Collective over the ranks; nothing here waits. Waits come in the order of the starts.
+        """
+        window = self._find(array)
+        if window is None:
+            return self._on_ring().start_all_gather(array, self._in_rank_order(bounds))
+        plan = self._plan(window, array, bounds)
+        return _Later(self._cross.start_all_gather(plan[2], plan[3]), lambda: self._spread(window, plan))
+
+    def start_gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> Any:
+        """Start a `gather_towards` and return it, as `start_all_gather`. Collective over the ranks."""
+        window = self._window_of(array)
+        plan = self._plan(window, array, bounds)
+        return _Later(self._cross.start_gather_towards(plan[2], plan[3], kept), lambda: self._spread(window, plan))
+
+    def advance(self) -> bool:
+        """Take what was started as far as it goes without waiting; return whether nothing is under way. Local."""
+        on_ring = self._ring is None or self._ring.advance()
+        return self._cross.advance() and on_ring
 
     def gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> None:
         """Move every part towards what its owner has in its place, as `WireRing.gather_towards` between the nodes.
@@ -221,6 +263,17 @@ class Shared:
         if self._cross.size > 1:
             self._cross.all_reduce(array)
         self._meet(self._word_table)
+
+    def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
+        """Return what `Ring.least_bytes` says of the ring between nodes, for an array of which each rank carries a share.
+
+        Collective over the ranks. On one node nothing is sent, so no array is large enough.
+        """
+        if self._cross.size == 1:
+            return 2**62
+        most = np.array([self._cross.least_bytes(delay_s, loss) * self.local_size], np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, most, MPI.MAX)
+        return int(most[0])
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Copy `array` of rank `root` to all ranks, in place. Collective over the ranks."""
@@ -295,6 +348,26 @@ class Shared:
                for r in range(self.local_size) if r != self.local_rank and not window.common]
         inner = np.array(bounds[self.local_rank * nodes:(self.local_rank + 1) * nodes + 1], np.int64) - start
         return sources, own, array[start:stop], inner
+
+
+class _Later:
+    """A collective between the nodes that is under way, and what its ranks do on the node when it has ended."""
+
+    def __init__(self, across: Any, then: Callable[[], None]):
+        self._across, self._then = across, then
+
+    @property
+    def began(self) -> int:
+        return self._across.began
+
+    @property
+    def ended(self) -> int:
+        return self._across.ended
+
+    def wait(self) -> None:
+        """Return when the result stands for all ranks of the node. Collective, in the order of the starts."""
+        self._across.wait()
+        self._then()
 
 
 class _Window:

@@ -74,7 +74,8 @@ class Session:
             self.local.settle()
 
     def host_params(self) -> np.ndarray:
-        """Return the live parameters on the host. Local."""
+        """Return the live parameters on the host. Collective where messages overlap: what is under way ends first."""
+        self.strategy.finish()
         params = self.network.params
         if isinstance(params, np.ndarray):
             return params

@@ -1,6 +1,6 @@
 """The sliced update over a narrow wire: owners hold exact parameters, all ranks equal replicas that follow them.
 
-Each rank keeps a float32 master of its slice, which the optimizer updates. `share` sends, rounded, how far the masters
+Each rank keeps a float32 master of its slice, which the optimizer updates. Sharing sends, rounded, how far the masters
 are from the replicas, and every rank adds the same decoded differences (`comm.ring_wire.WireRing.gather_towards`): the
 replicas stay float32 with the same bits on all ranks, and nothing is lost, for the next difference holds what was
 rounded away. Gradients, validation, the best state and the final model are those of the replicas; the average of the
@@ -63,19 +63,15 @@ class NarrowUpdate(SlicedUpdate):
             one[piece] = other[piece]
             other[piece] = between
 
-    def share(self) -> None:
-        """Move all replicas towards the updated masters, which go back to their place. Collective."""
-        if self._staged:
-            for start, stop in self.ranges:
-                self.ops.to_host(self.params[start:stop], self._host_params[start:stop])
-        for k, bucket in enumerate(self.buckets):
-            self._share_bucket(k, bucket)
-        if self._staged:
-            self.ops.from_host(self._host_params, self.params)
-
     def _share_bucket(self, k: int, bucket: Bucket) -> None:
+        self.collective.gather_towards(*self._towards(k, bucket))
+
+    def _start_share(self, k: int, bucket: Bucket) -> Any:
+        return self.collective.start_gather_towards(*self._towards(k, bucket))
+
+    def _towards(self, k: int, bucket: Bucket) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         _, own = self._places[k]
-        self.collective.gather_towards(self._host_params[bucket.start:bucket.stop], bucket.bounds, self._masters[own])
+        return self._host_params[bucket.start:bucket.stop], bucket.bounds, self._masters[own]
 
     def carried(self) -> dict[str, np.ndarray]:
         """Return the masters too ("master"). Collective."""
