@@ -160,8 +160,8 @@ class TrainConfig:
                                           "worker that has given no sign for so long (default: 60)",
                                           metavar="SECONDS")
     wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients and parameters in, "
-                       "between nodes (auto, shared) or between all ranks (ring); what is rounded away is in the next message; "
-                       "not with --sync native")
+                       "between nodes (auto, shared) or between all ranks (ring); what is rounded away is in the next "
+                       "message; not with --sync native")
     full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
                                "form, for comparison)")
     local_steps: int = option(1, low=1, metavar="K", help="steps that every rank takes by itself, on its share of the "

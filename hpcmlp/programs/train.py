@@ -210,7 +210,7 @@ class Training:
             vectors += flat * (moments / self.roles.servers - moments / owners)
             if self.config.staleness not in (None, "0"):
                 vectors += 2 * flat * len(self.roles.workers) / self.roles.servers
-        if self.config.wire != "float32" and t.size > 1:
+        if self.config.wire != "float32" and (t.num_nodes > 1 or self.config.sync == "ring"):
             vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
         rows = -(-self.loader.local_rows_max // self.config.accumulate)
         needed = int(vectors + 8 * rows * sum(sizes))
