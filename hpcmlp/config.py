@@ -172,7 +172,11 @@ class TrainConfig:
     outer_lr: float | None = option(None, kind=float, above=0.0, help="learning rate of the outer optimizer (default: "
                                     "0.7)")
     outer_momentum: float | None = option(None, kind=float, low=0.0, below=1.0, help="its momentum (default: 0.9)")
-    bucket_mb: float = option(32.0, above=0.0, help="size of a bucket of gradients, MiB")
+    overlap: bool | None = option(None, kind=bool, help="send buckets of gradients while backward goes on, and gather "
+                                  "parameters while the next forward pass does (default: between nodes)")
+    bucket_mb: float | None = option(None, kind=float, above=0.0, help="size of a bucket of gradients, MiB (default: "
+                                     "32; with overlap as latency and bandwidth of the links, measured at the start, "
+                                     "have it: give it where runs are to have the same bits)")
     memory_limit: float | None = option(None, kind=float, above=0.0, help="memory for the samples of one rank, MiB; "
                                         "larger sets are streamed", metavar="MIB")
     replica_check_every: int = option(100, low=0, help="steps between checks that all ranks hold the same parameters; "
@@ -251,6 +255,10 @@ class BenchConfig:
     servers: int | None = option(None, kind=int, low=1, help="ranks that hold the parameters, with --sync server "
                                  "(step; default: 1)")
     wire: str = option("float32", choices=WIRES, help="numbers that the ring sends (step)")
+    overlap: bool | None = option(None, kind=bool, help="messages travel while the ranks compute (step; default: "
+                                  "between nodes)")
+    bucket_mb: float | None = option(None, kind=float, above=0.0, help="size of a bucket of gradients, MiB (step; "
+                                     "default as for train)")
     optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule (step)")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs (step)")
     bytes: tuple = option((4, 2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26), kind=int, many=True, low=4,

@@ -18,7 +18,7 @@ class Native:
     bits on all ranks rest on the library: MPI recommends it and the common ones keep to it.
     """
 
-    narrow = False
+    starts = narrow = False
 
     def __init__(self, comm: MPI.Intracomm, limit_bytes: int = LIMIT_BYTES):
         self.comm = comm.Dup()

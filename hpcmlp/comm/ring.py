@@ -37,6 +37,7 @@ MAX_PLANS = 64      # prepared (array, bounds) pairs that are kept
 BROADCAST_TAG = 1
 FIRST_TAG = 16      # each plan has two tags from here on, data and words
 TAG_PAIRS = 2**13   # then they begin anew; MPI promises tags up to 2**15 - 1
+PROBE_BYTES = 2**20
 
 Bounds = Sequence[int] | np.ndarray
 
@@ -55,6 +56,7 @@ class Ring:
     small_bytes : arrays up to this size are summed by one call of MPI; None: as measured.
     """
 
+    starts = True       # collectives can be started and waited for
     narrow = False      # whether float32 arrays are rounded on their way: then there is `gather_towards` and `settle`
 
     def __init__(self, comm: MPI.Intracomm, segment_bytes: int = SEGMENT_BYTES, limit_bytes: int = LIMIT_BYTES,
@@ -156,6 +158,27 @@ class Ring:
                 sends.append(self.comm.Isend(piece, self._right, BROADCAST_TAG))
         MPI.Request.Waitall(sends)
 
+    def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
+        """Return the size from which on an array's collectives spend at most the share `loss` of their time on latency.
+
+        Collective over `comm`: from a short measurement between neighbours, the same on all ranks. A hop of n bytes in
+        all takes delay_s + latency + n / size / bandwidth; `delay_s` is what the caller adds to the latency, seconds.
+        """
+        def exchange(num_bytes: int, times: int) -> float:
+            out, into = np.zeros(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
+            taken = []
+            for _ in range(times):
+                begin = perf_counter_ns()
+                self.comm.Sendrecv(out, self._right, BROADCAST_TAG, into, self._left, BROADCAST_TAG)
+                taken.append(1e-9 * (perf_counter_ns() - begin))
+            return sorted(taken)[times // 2]
+
+        exchange(8, 3)      # the first messages make connections
+        latency = exchange(8, 11)
+        slowest = np.array([latency, exchange(PROBE_BYTES, 5) / PROBE_BYTES])
+        self.comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+        return int(self.size * (slowest[0] + delay_s) / loss / slowest[1])
+
     def forget(self) -> None:
         """Drop the prepared messages and with them the references to the caller's arrays. Local."""
         while self._plans:
@@ -185,10 +208,9 @@ class Ring:
         if plan is None:
             tag = FIRST_TAG + 2 * (self._made % TAG_PAIRS)
             self._made += 1
-            plan = kind(self, array, [int(bound) for bound in bounds], num_words, tag)
-            self._plans[key] = plan
-            if len(self._plans) > MAX_PLANS:
+            if len(self._plans) >= MAX_PLANS:
                 self._drop_one()
+            plan = self._plans[key] = kind(self, array, [int(bound) for bound in bounds], num_words, tag)
         self._plans.move_to_end(key)
         return plan
 

@@ -66,6 +66,8 @@ class Shared:
 
     WAITS = ("_meet",)  # methods that only wait for other ranks, for whoever measures them
 
+    starts = True
+
     def __init__(self, topology: Topology, make_cross: Callable[[MPI.Intracomm], Ring] = Ring, fused: bool = True):
         self.topology = topology
         self.comm, self.node = topology.comm, topology.node.Dup()
@@ -227,11 +229,11 @@ class Shared:
         plan = self._plan(window, array, bounds)
         return _Later(self._cross.start_all_gather(plan.share, plan.inner), lambda: self._spread(window, plan))
 
-    def start_gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> Any:
+    def start_gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> Any:
         """Start a `gather_towards` and return it, as `start_all_gather`. Collective over the ranks."""
         window = self._window_of(array)
         plan = self._plan(window, array, bounds)
-        across = self._cross.start_gather_towards(plan.share, plan.inner, master)
+        across = self._cross.start_gather_towards(plan.share, plan.inner, kept)
         return _Later(across, lambda: self._spread(window, plan))
 
     def advance(self) -> bool:
@@ -239,14 +241,14 @@ class Shared:
         on_ring = self._ring is None or self._ring.advance()
         return self._cross.advance() and on_ring
 
-    def gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> None:
-        """Move every part of `array` towards its owner's `master`, as `WireRing.gather_towards` does between the nodes.
+    def gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> None:
+        """Move every part towards what its owner has in its place, as `WireRing.gather_towards` between the nodes.
 
         Collective over the ranks. Only with a narrow ring between nodes, and for arrays made here.
         """
         window = self._window_of(array)
         plan = self._plan(window, array, bounds)
-        self._cross.gather_towards(plan.share, plan.inner, master)
+        self._cross.gather_towards(plan.share, plan.inner, kept)
         self._spread(window, plan)
 
     def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
@@ -301,6 +303,17 @@ class Shared:
             self._sum((words,), word_slots)
         if self._cross.size > 1:
             self._cross.all_reduce(array, words)
+
+    def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
+        """Return what `Ring.least_bytes` says of the ring between nodes, for arrays of which each rank carries a share.
+
+        Collective over the ranks. On one node nothing is sent, so no array is large enough.
+        """
+        if self._cross.size == 1:
+            return 2**62
+        most = np.array([self._cross.least_bytes(delay_s, loss) * self.local_size], np.int64)
+        self.comm.Allreduce(MPI.IN_PLACE, most, MPI.MAX)
+        return int(most[0])
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Copy `array` of rank `root` to all ranks, in place. Collective over the ranks."""

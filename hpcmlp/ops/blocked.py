@@ -68,20 +68,31 @@ class BlockedOps(PlainOps):
     # Layers
 
     def linear(self, x, w, b, pre):
-        x.dot(w.T, pre)  # the method costs a third of what np.matmul costs to call
+        if pre.flags.c_contiguous:
+            x.dot(w.T, pre)  # the method costs a third of what np.matmul costs to call, and copies columns
+        else:
+            np.matmul(x, w.T, out=pre)
         if b is not None:
             np.add(pre, b, out=pre)
 
     def linear_activation(self, x, w, b, kind, out, pre=None):
         z = out if pre is None else pre
         x.dot(w.T, z)
-        for rows in _row_blocks(z):
-            if b is not None:
-                np.add(z[rows], b, out=z[rows])
-            self._activate(kind, z[rows], out[rows])
+        if b is None:
+            self.activation(kind, z, out)
+        else:
+            self.bias_activation(kind, z, b, out)
+
+    def bias_activation(self, kind, pre, b, out):
+        for rows in _row_blocks(pre):
+            np.add(pre[rows], b, out=pre[rows])
+            self._activate(kind, pre[rows], out[rows])
 
     def linear_backward(self, dz, x, w, dw, dx=None):
-        dz.T.dot(x, dw)
+        if dw is not None and dz.flags.c_contiguous:
+            dz.T.dot(x, dw)
+        elif dw is not None:
+            np.matmul(dz.T, x, out=dw)
         if dx is not None:
             dz.dot(w, dx)
 

@@ -70,6 +70,12 @@ class HostOps(BlockedOps):
         else:
             super().linear_activation(x, w, b, kind, out, pre)
 
+    def bias_activation(self, kind, pre, b, out):
+        if self.fused and out.dtype is FLOAT32:
+            _fused.bias_activation(ACTIVATION_CODE[kind], pre, b, out)
+        else:
+            super().bias_activation(kind, pre, b, out)
+
     def activation(self, kind, pre, out):
         if self.fused and pre.dtype is FLOAT32:
             _fused.bias_activation(ACTIVATION_CODE[kind], pre, None, out)

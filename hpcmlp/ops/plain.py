@@ -84,7 +84,8 @@ class PlainOps:
 
         Local.
 
-        x : (n, in); w : (out, in); b : (out,) or None; pre : (n, out), none of the others.
+        x : (n, in); w : (out, in); b : (out,) or None; pre : (n, out), none of the others; it may be some columns of a
+        wider array when b is None.
         """
         self.xp.matmul(x, w.T, out=pre)
         if b is not None:
@@ -110,6 +111,16 @@ class PlainOps:
         """
         out[...] = activations.activate(self.xp, kind, pre)
 
+    def bias_activation(self, kind: str, pre: Array, b: Array, out: Array) -> None:
+        """Write out = f(pre + b); kinds in `NEEDS_PRE` leave pre + b in `pre`, others leave anything there.
+
+        Local.
+
+        pre, out : (n, k), may be one array for kinds not in `NEEDS_PRE`; b : (k,).
+        """
+        pre += b
+        self.activation(kind, pre, out)
+
     def activation_backward(
         self, kind: str, da: Array, out: Array | None, pre: Array | None, dz: Array, db: Array | None = None
     ) -> None:
@@ -123,14 +134,18 @@ class PlainOps:
         if db is not None:
             self.column_sum(dz, db)
 
-    def linear_backward(self, dz: Array, x: Array, w: Array, dw: Array, dx: Array | None = None) -> None:
-        """Write dw = dz.T @ x, and dx = dz @ w when dx is given.
+    def linear_backward(
+        self, dz: Array, x: Array | None, w: Array | None, dw: Array | None = None, dx: Array | None = None
+    ) -> None:
+        """Write dw = dz.T @ x when dw is given, and dx = dz @ w when dx is given.
 
         Local.
 
-        dz : (n, out); x, dx : (n, in); w, dw : (out, in). The bias gradient comes from the pass that made dz.
+        dz : (n, out), for dw alone it may be some columns of a wider array; x, dx : (n, in); w, dw : (out, in). `x` may
+        be None without dw, `w` without dx. The bias gradient comes from the pass that made dz.
         """
-        self.xp.matmul(dz.T, x, out=dw)
+        if dw is not None:
+            self.xp.matmul(dz.T, x, out=dw)
         if dx is not None:
             self.xp.matmul(dz, w, out=dx)
 

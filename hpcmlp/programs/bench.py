@@ -22,15 +22,13 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
-from hpcmlp.sync import make_strategy
-from hpcmlp.sync.buckets import cut
-from hpcmlp.sync.step import Step
+from hpcmlp.sync import Plan, make_strategy, plan
+from hpcmlp.sync.step import Step, hidden_share
 
 ROWS = 8192  # made-up samples a rank draws its batches from
-BUCKET_ELEMENTS = 1 << 23
 ACTS_ON = {"sizes": ("step", "gemm"), "global_batch_size": ("step", "gemm", "io"), "sync": ("step",),
-           "servers": ("step",), "bytes": ("comm",), "wire": ("step",), "optimizer": ("step",), "device": ("step",),
-           "data": ("io",), "memory_limit": ("io",)}
+           "servers": ("step",), "bytes": ("comm",), "wire": ("step",), "overlap": ("step",), "bucket_mb": ("step",),
+           "optimizer": ("step",), "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
 
 
 def main(config: BenchConfig, comm: Any) -> int:
@@ -57,6 +55,9 @@ def _check(config: BenchConfig, size: int) -> None:
         if config.servers is not None and (config.sync != "server" or config.servers > size):
             raise ConfigError(f"--servers {config.servers} has no effect with --sync {config.sync} on {size} ranks; it "
                               "belongs to --sync server with at least as many ranks.")
+        if config.overlap and config.sync == "native":
+            raise ConfigError("--overlap has no effect with --sync native, which sends nothing while it computes; leave "
+                              "one out.")
     if len(config.sizes) < 2:
         raise ConfigError(f"--sizes {','.join(map(str, config.sizes))}: give at least two widths, input and output.")
     if config.what == "io" and config.data is None:
@@ -81,39 +82,45 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire,
                              servers=config.servers or 1)
     on_host = config.device == "cpu"
-    network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
-                      exchange.grads if on_host else None)
-    ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
-    buckets = cut(layout.size, spec.layer_starts(), BUCKET_ELEMENTS, size)
     if roles is not None:
-        from hpcmlp.sync.server import one_bucket
-        buckets = one_bucket(layout.size, roles)
-    strategy = make_strategy(False, exchange.collective.narrow)(exchange.collective, buckets, size, network.params,
-                                                                network.grads, ops)
+        from hpcmlp.sync.storage import one_bucket
+        planned = Plan(one_bucket(layout.size, roles), None, False, 0.0)
+    else:
+        planned = plan(spec, exchange.collective, size, topology.num_nodes, config.bucket_mb, config.overlap)
+    network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
+                      exchange.grads if on_host else None, piece=planned.piece)
+    ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
+    kind = make_strategy(False, exchange.collective.narrow, planned.overlap)
+    strategy = kind(exchange.collective, planned.buckets, size, network.params, network.grads, ops)
     optimizer = make_optimizer(config.optimizer, ops, layout, strategy.ranges, np.float32)
     step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows)
     batches = _batches(spec.sizes, rows, rank)
     counter = iter(range(1 << 40))
-    parts: dict[str, list[float]] = {"compute": [], "comm": []}
+    parts: dict[str, list[float]] = {"compute": [], "comm": [], "flight": []}
 
     def whole_step() -> None:
         number = next(counter)
         result = step.run(batches[number % len(batches)], number, 1e-4)
         parts["compute"].append(result.compute_s)
         parts["comm"].append(result.comm_s)
+        parts["flight"].append(result.flight_s)
 
     gemms = _gemms(spec.sizes, rows)
     for action in (whole_step, gemms):
-        _median(topology, action, max(3, config.steps // 10))
+        _median(topology, action, max(3, config.steps // 10), finish=strategy.finish)
     step_ms, floor_ms = [], []
     for _ in range(5):  # alternating, so that a change of the machine's speed meets both
-        step_ms.append(_median(topology, whole_step, max(1, config.steps // 5)))
+        if planned.overlap:
+            step_ms.append(_mean(topology, whole_step, max(1, config.steps // 5), strategy.finish))
+        else:
+            step_ms.append(_median(topology, whole_step, max(1, config.steps // 5)))
         floor_ms.append(_median(topology, gemms, max(1, config.steps // 5)))
     return {"what": "step", "sizes": list(spec.sizes), "global_batch_size": batch_rows, "ranks": size,
             "sync": exchange.name, "wire": exchange.wire,
             "step_ms": statistics.median(step_ms), "floor_ms": statistics.median(floor_ms),
             "parts": {name: 1e3 * statistics.median(values) for name, values in parts.items()},
-            "num_params": layout.num_params}
+            "overlap": planned.overlap, "buckets": len(planned.buckets), "bucket_mb": planned.bucket_mb,
+            "hidden": hidden_share(sum(parts["comm"]), sum(parts["flight"])), "num_params": layout.num_params}
 
 
 def _batches(sizes: tuple[int, ...], rows: int, rank: int) -> list[Batch]:
@@ -150,14 +157,31 @@ def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
     return run
 
 
-def _median(topology: Topology, action: Callable[[], None], count: int, skip: int = 0) -> float:
-    """Return the median over `count` calls of the slowest rank's time, ms, but for the first `skip`. Collective."""
+def _mean(topology: Topology, action: Callable[[], None], count: int, finish: Callable[[], None]) -> float:
+    """Return the mean time of `count` calls, with the end of what they leave under way; slowest rank, ms. Collective."""
+    messages.barrier(topology.comm)
+    begin = time.perf_counter()
+    for _ in range(count):
+        action()
+    finish()
+    taken = np.array([time.perf_counter() - begin])
+    messages.max_in_place(topology.comm, taken)
+    return 1e3 * float(taken[0]) / count
+
+
+def _median(topology: Topology, action: Callable[[], None], count: int, skip: int = 0,
+            finish: Callable[[], None] = lambda: None) -> float:
+    """Return the median over `count` calls of the slowest rank's time, ms, but for the first `skip`.
+
+    Collective. `finish` ends what the calls left under way, before the ranks talk about it.
+    """
     times = np.empty(count)
     messages.barrier(topology.comm)
     for k in range(count):
         begin = time.perf_counter()
         action()
         times[k] = time.perf_counter() - begin
+    finish()
     messages.max_in_place(topology.comm, times)
     return 1e3 * float(np.median(times[skip:]))
 

@@ -31,17 +31,17 @@ from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, open_dataset, replica_error, versions
 from hpcmlp.run.session import Session
 from hpcmlp.run.signals import StopFlag
-from hpcmlp.sync import make_strategy
-from hpcmlp.sync.buckets import Bucket, cut
+from hpcmlp.sync import Plan, make_strategy, plan
+from hpcmlp.sync.buckets import Bucket
 from hpcmlp.sync.control import ControlWords
-from hpcmlp.sync.step import Step, StepResult
+from hpcmlp.sync.step import Step, StepResult, hidden_share
 
 # Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps", "servers",
-                  "staleness", "staleness_lr", "worker_timeout"}
+                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps",
+                  "servers", "staleness", "staleness_lr", "worker_timeout"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 DEFAULT_EPOCHS = 10
 EVALUATION_ROWS = 1024
@@ -88,6 +88,12 @@ def check_fits(config: TrainConfig, manifest: Manifest, size: int) -> None:
         for name in SERVER_OPTIONS:
             if getattr(config, name) not in (None, False):
                 raise ConfigError(f"{flag(name)} has no effect with --sync {config.sync}; it belongs to --sync server.")
+    alone = {f"--sync {config.sync}": config.sync in ("native", "server"), "--full-update": config.full_update,
+             "--local-steps": config.local_steps > 1, "--outer-optimizer": config.outer_optimizer != "none"}
+    odd = [name for name, given in alone.items() if given]
+    if config.overlap and odd:
+        raise ConfigError(f"--overlap has no effect with {odd[0]}, which sends nothing while it computes; leave one "
+                          "out.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
     for name in ("outer_lr", "outer_momentum"):
@@ -185,6 +191,7 @@ class Training:
         self._spent = {"compute": 0.0, "comm": 0.0, "input": 0.0}
         self._since = dict.fromkeys((*self._spent, "step"), 0.0)  # seconds since the ranks last met
         self._print_due = False
+        self._comm_s, self._flight_s = np.zeros(2), np.zeros(2)   # of this epoch, of this run
         self._step_times: deque[float] = deque(maxlen=LAST_STEPS)
         self._epoch_rows = self._epoch_s = 0.0
         self._save_s = 0.0
@@ -198,7 +205,12 @@ class Training:
         owners = 1 if self.config.full_update or self.local else t.size
         # params, grads, moments, best; with local steps also where the ranks last met, and its momentum
         vectors = flat * (2 + moments / owners + (self.manifest.rows("val") > 0) + 2 * self.local)
-        if self.config.wire != "float32" and t.size > 1:
+        if self.roles is not None and t.rank < self.roles.servers:
+            # Slices of moments, and of what every worker sends and gets out of step.
+            vectors += flat * (moments / self.roles.servers - moments / owners)
+            if self.config.staleness not in (None, "0"):
+                vectors += 2 * flat * len(self.roles.workers) / self.roles.servers
+        if self.config.wire != "float32" and (t.num_nodes > 1 or self.config.sync == "ring"):
             vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
         rows = -(-self.loader.local_rows_max // self.config.accumulate)
         needed = int(vectors + 8 * rows * sum(sizes))
@@ -214,7 +226,8 @@ class Training:
         limit = None if c.memory_limit is None else int(c.memory_limit * 2**20)
         place = self.topology.rank, self.topology.size
         if self.roles is not None and split == "train":
-            from hpcmlp.sync.server import Idle, Tasks, read_staleness
+            from hpcmlp.sync.server import read_staleness
+            from hpcmlp.sync.tasks import Idle, Tasks
             place = self.roles.share(self.topology.rank)
             if place is None:
                 return Idle(self.manifest, c.global_batch_size)
@@ -240,14 +253,14 @@ class Training:
         self.exchange = open_exchange(self._sync(), topology, layout.size, np.float32, own_params=c.full_update,
                                       wire=c.wire, servers=c.servers or 1)
         on_host = c.device == "cpu"
+        self.plan = self._plan_buckets(layout.size)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
-                               self.exchange.grads if on_host else None)
+                               self.exchange.grads if on_host else None, piece=self.plan.piece)
         ops.from_host(self._initial_parameters(), self.network.params)
-        buckets = self._buckets(layout.size)
 
         def strategy(whole: bool, params: Any) -> Any:
-            make = make_strategy(whole, self.exchange.collective.narrow)
-            return make(self.exchange.collective, buckets, topology.size, params, self.network.grads, ops)
+            make = make_strategy(whole, self.exchange.collective.narrow, self.plan.overlap)
+            return make(self.exchange.collective, self.plan.buckets, topology.size, params, self.network.grads, ops)
 
         self.strategy = strategy(c.full_update or self.local, self.network.params)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
@@ -275,10 +288,15 @@ class Training:
         return ((t + 1) % c.local_steps == 0 or t == self.steps_per_epoch - 1 or number + 1 == self.total_steps
                 or (number + 1) % (c.checkpoint_every or self.steps_per_epoch) == 0)
 
-    def _buckets(self, size: int) -> list[Bucket]:
+    def _plan_buckets(self, size: int) -> Plan:
+        c, t = self.config, self.topology
         if self.roles is None:
-            return cut(size, self.spec.layer_starts(), int(self.config.bucket_mb * 2**20) // 4, self.topology.size)
-        from hpcmlp.sync.server import one_bucket
+            return plan(self.spec, self.exchange.collective, t.size, t.num_nodes, c.bucket_mb,
+                        False if c.full_update or self.local else c.overlap)
+        return Plan(self._server_buckets(size), None, False, 4 * size / 2**20)
+
+    def _server_buckets(self, size: int) -> list[Bucket]:
+        from hpcmlp.sync.storage import one_bucket
         return one_bucket(size, self.roles)
 
     def _plan_apart(self) -> None:
@@ -374,6 +392,8 @@ class Training:
         self.console.line(header(self._header()))
         if self.exchange.note:
             self.console.line(self.exchange.note)
+        if self.config.overlap and not self.plan.overlap:
+            self.console.line("overlap has nothing to act on: there is one rank")
         if restored:
             self.console.line(f"resumed at step {step} of {self.total_steps}")
 
@@ -389,7 +409,7 @@ class Training:
                           f"thread(s) for rank 0"),
                 ("MPI", f"{width}, sync {self.exchange.name}{self.exchange.why and f' ({self.exchange.why})'}"
                         f"{f', {self.exchange.wire} on the wire' if self.exchange.wire != 'float32' else ''}"
-                        f"{', whole update' if c.full_update else ''}{self._about_servers()}"),
+                        f"{', whole update' if c.full_update else ''}{self._overlap_text()}{self._about_servers()}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
                                        if c.device == "cpu" else "")),
                 ("data", f"{m.name}: {rows} rows of {m.num_features} features, {m.task}, {self.loader.mode}"),
@@ -406,6 +426,11 @@ class Training:
         what = "dedicated to" if self.roles.dedicated else "that also train, with"
         return (f", {self.roles.servers} server(s) {what} {len(self.roles.workers)} worker(s), staleness "
                 f"{self.config.staleness or 0}{', learning rate by staleness' if self.config.staleness_lr else ''}")
+    def _overlap_text(self) -> str:
+        number = len(self.plan.buckets)
+        if not self.plan.overlap:
+            return ""
+        return f", overlapped in {number} bucket{'s' * (number > 1)} of {self.plan.bucket_mb:g} MiB"
 
     def _loop(self, flag: StopFlag) -> None:
         """The steps of the run, each as the design's section 3 has it."""
@@ -522,7 +547,7 @@ class Training:
         self.topology = Topology(self.comm)
         self.roles = Roles(self.roles.servers, self.comm.size)
         self.exchange.collective = Served(self.comm, self.roles.servers)
-        self.strategy.go_on(self.exchange.collective, self._buckets(self.network.layout.size), self.comm.size)
+        self.strategy.go_on(self.exchange.collective, self._server_buckets(self.network.layout.size), self.comm.size)
         self.step.words = ControlWords(self.comm.size)
         if self.val is not None:
             self.val = self._loader("val")
@@ -589,6 +614,8 @@ class Training:
             self._spent[name] += seconds
             since[name] += seconds
         since["step"] += step_s
+        self._comm_s += result.comm_s
+        self._flight_s += result.flight_s
         self._epoch_s += step_s
         self._print_due |= bool(self.config.print_every) and (number + 1) % self.config.print_every == 0
         if not result.steps:
@@ -611,7 +638,7 @@ class Training:
             self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": result.loss,
                        "lr": self.schedule.lr(number), "grad_norm": result.grad_norm,
                        "samples_per_s": result.rows / result.steps / mean["step"], "compute_s": mean["compute"],
-                       "comm_s": mean["comm"], "input_s": mean["input"],
+                       "comm_s": mean["comm"], "hidden": result.hidden, "input_s": mean["input"],
                        **({"round": {"steps": result.steps, **asdict(result.round)}} if self.local else {})})
         if self._print_due:
             self._print_due = False
@@ -627,11 +654,14 @@ class Training:
         if self.val is not None and ((epoch + 1) % c.validate_every == 0 or progress.step == self.total_steps):
             val = self._validate()
         rate = self._epoch_rows / self._epoch_s
+        hidden = hidden_share(self._comm_s[0], self._flight_s[0])
+        self._comm_s[0] = self._flight_s[0] = 0.0
         self._epoch_rows = self._epoch_s = 0.0
         self.console.line(epoch_line(epoch + 1, None if c.steps is not None else self.total_steps //
-                                     self.steps_per_epoch, train_loss, val, rate, self._spent))
+                                     self.steps_per_epoch, train_loss, val, rate, self._spent,
+                                     hidden if self.plan.overlap else None))
         self._log({"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "train_loss": train_loss, "val": val,
-                   "samples_per_s": rate, "seconds": dict(self._spent)})
+                   "samples_per_s": rate, "seconds": dict(self._spent), "hidden": hidden})
         self._spent = dict.fromkeys(self._spent, 0.0)
         if self.roles is not None:
             self._report_servers(epoch + 1)
@@ -643,7 +673,7 @@ class Training:
 
     def _report_servers(self, epoch: int) -> None:
         """Log what the servers did since the last report."""
-        from hpcmlp.sync.server import in_step_report, report_line
+        from hpcmlp.sync.storage import in_step_report, report_line
         if self.directory is None:
             return
         step = self.session.progress.step
@@ -714,7 +744,7 @@ class Training:
         """Who stores which slice, for `inspect`."""
         if self.roles is None:
             return {}
-        from hpcmlp.sync.server import describe_slices
+        from hpcmlp.sync.storage import describe_slices
         return {"server": describe_slices(self.network.layout.size, self.roles, len(self.step.optimizer.state),
                                           self.session.progress.step, self.config.staleness or "0")}
 
@@ -750,7 +780,9 @@ class Training:
         self.directory.write("summary.json", to_json(
             {"status": "finished", "steps": progress.step, "epochs": progress.step / self.steps_per_epoch,
              "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": self.exchange.name,
-             "wire": self.exchange.wire, "device": c.device, **self._served_summary(),
+             "wire": self.exchange.wire, "overlap": self.plan.overlap, "buckets": len(self.plan.buckets),
+             "bucket_mb": self.plan.bucket_mb, "hidden": hidden_share(self._comm_s[1], self._flight_s[1]),
+             "device": c.device, **self._served_summary(),
              **({"local": self.step.statistics(self.exchange.wire)} if self.local else {}),
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
@@ -763,7 +795,7 @@ class Training:
     def _served_summary(self) -> dict[str, Any]:
         if self.roles is None:
             return {}
-        from hpcmlp.sync.server import add_reports
+        from hpcmlp.sync.storage import add_reports
         return {"server": {"servers": self.roles.servers, "staleness_bound": self.config.staleness or "0",
                            **add_reports(self.served)}}
 

@@ -114,10 +114,16 @@ def header(rows: list[tuple[str, str]]) -> str:
 
 
 def epoch_line(epoch: int, epochs: int | None, train_loss: float, val: dict[str, Any], samples_per_s: float,
-               seconds: dict[str, float]) -> str:
-    """Return the console line of one epoch. Local. `seconds`: compute, comm, input of this rank."""
+               seconds: dict[str, float], hidden: float | None = None) -> str:
+    """Return the console line of one epoch.
+
+    Local. `seconds`: compute, comm, input of this rank. `hidden`: the share of communication that was hidden behind
+    computing, None where nothing overlaps.
+    """
     total = sum(seconds.values()) or 1.0
     share = " ".join(f"{name} {100 * s / total:.0f} %" for name, s in seconds.items())
+    if hidden is not None:
+        share += f" ({100 * hidden:.0f} % of communication hidden)"
     metrics = "".join(f"  val {name} {value:.4f}" for name, value in val.items() if isinstance(value, float))
     of = f"/{epochs}" if epochs else ""
     return f"epoch {epoch:>3}{of}  train loss {train_loss:.4f}{metrics}  {samples_per_s:,.0f} samples/s  {share}"

@@ -26,6 +26,7 @@ DEFAULT_STEPS = 200
 WARMUP_STEPS = 5    # the first steps make buffers, plans and prepared messages
 ROUNDS = 30         # exchanges per rank and comparison of clocks
 CLOCK_TAG = 11
+BEHIND = "~"        # begins the name of what goes on behind the thread that takes the steps
 
 
 class Events:
@@ -137,7 +138,10 @@ def on_first_clock(times: np.ndarray, before: np.ndarray, after: np.ndarray) -> 
 # ---- the file
 
 def timeline(ranks: list[RankEvents], before: np.ndarray, after: np.ndarray) -> Iterator[str]:
-    """Yield the lines of the Chrome trace (JSON object format; one process per rank, one thread each). Local."""
+    """Yield the lines of the Chrome trace: JSON object format, one process per rank; thread 0 takes the steps. Local.
+
+    Thread 1 has what goes on behind it: buckets under way, one after the other as they follow on the wire.
+    """
     times = [(on_first_clock(r.begins, b, a), on_first_clock(r.ends, b, a))
              for r, b, a in zip(ranks, before, after, strict=True)]
     zero = min((int(begins.min()) for begins, _ in times if len(begins)), default=0)
@@ -153,12 +157,16 @@ def timeline(ranks: list[RankEvents], before: np.ndarray, after: np.ndarray) -> 
         for kind, args in (("process_name", {"name": f"rank {pid} {r.host}"}), ("process_sort_index",
                                                                                {"sort_index": pid})):
             lines.append(json.dumps({"name": kind, "ph": "M", "pid": pid, "tid": 0, "args": args}))
+        if any(name.startswith(BEHIND) for name in r.names):
+            lines.append(json.dumps({"name": "thread_name", "ph": "M", "pid": pid, "tid": 1,
+                                     "args": {"name": "messages under way"}}))
     for pid, (r, (begins, ends)) in enumerate(zip(ranks, times, strict=True)):
-        names = [json.dumps(name) for name in r.names]
+        names = [json.dumps(name.removeprefix(BEHIND)) for name in r.names]
+        threads = [int(name.startswith(BEHIND)) for name in r.names]
         for code, begin, end, step in zip(r.codes.tolist(), (begins - zero).tolist(), (ends - zero).tolist(),
                                           steps_of(r.codes).tolist(), strict=True):
-            name = '"step"' if code < 0 else names[code]
-            lines.append(f'{{"name": {name}, "ph": "X", "pid": {pid}, "tid": 0, "ts": {begin / 1e3:.3f}, '
+            name, thread = ('"step"', 0) if code < 0 else (names[code], threads[code])
+            lines.append(f'{{"name": {name}, "ph": "X", "pid": {pid}, "tid": {thread}, "ts": {begin / 1e3:.3f}, '
                          f'"dur": {(end - begin) / 1e3:.3f}, "args": {{"step": {step}}}}}')
     yield ",\n".join(lines)
     yield "]}"
@@ -208,6 +216,8 @@ class Recorder:
     _before: np.ndarray | None = field(default=None, init=False)
     _number: int = field(default=-1, init=False)
     _begin: int = field(default=0, init=False)
+    _under_way: list[tuple[int, Any]] = field(default_factory=list, init=False)     # code and operation, as started
+    _last_end: int = field(default=0, init=False)
 
     def begin_step(self, number: int) -> bool:
         """Note that step `number` begins; return whether all is recorded, so that `lines` is due. Collective."""
@@ -217,6 +227,7 @@ class Recorder:
             if number < self.first_step:
                 return False
             self.start()
+        self._put_ended()
         now = self.events.clock()
         if self._number >= 0:
             self.events.put((-1 - self._number, self._begin, now))
@@ -225,6 +236,7 @@ class Recorder:
 
     def start(self) -> None:
         """Compare the clocks and begin to record. Collective."""
+        self.step.strategy.finish()
         self.events = Events()
         self._before = compare_all_clocks(self.comm)
         self._watch()
@@ -233,6 +245,8 @@ class Recorder:
         """Stop recording, if it has begun; return the lines of the file on rank 0, None elsewhere. Collective."""
         if self.events is None:
             self.start()
+        self.step.strategy.finish()
+        self._put_ended()
         if self._number >= 0:
             self.events.put((-1 - self._number, self._begin, self.events.clock()))
         self._unwatch()
@@ -268,6 +282,11 @@ class Recorder:
         methods = [("reduce_scatter", "reduce"), ("all_gather", "all_gather")]
         for name, method in methods + [("gather_towards", "all_gather")] * collective.narrow:
             self._shadow(collective, name, self._timed_buckets(method, getattr(collective, name), strategy.buckets))
+        if strategy.overlaps:
+            methods = [("start_reduce_scatter", "reduce"), ("start_all_gather", "all_gather")]
+            for name, method in methods + [("start_gather_towards", "all_gather")] * collective.narrow:
+                self._shadow(collective, name, self._followed(method, getattr(collective, name), strategy.buckets))
+            self.others += [(strategy, "close", "reduce: send"), (strategy, "need", "wait for parameters")]
         waits = [(collective, name, "wait") for name in getattr(collective, "WAITS", ())]
         for owner, method, name in [(self.loader, "batch", "input"), (strategy, "reduce", "reduce"),
                                     (strategy, "update", "update"), (strategy, "share", "share"),
@@ -285,6 +304,25 @@ class Recorder:
             function(array, bounds, *rest)
             put((codes.get(id(bounds), other), begin, clock()))
         return call
+
+    def _followed(self, name: str, function: Callable, buckets: list) -> Callable:
+        """Remember what a collective has started, for `_put_ended`; a bucket is known by its bounds."""
+        codes = {id(bucket.bounds): self.events.code(f"{BEHIND}{name} bucket {k}") for k, bucket in enumerate(buckets)}
+
+        def call(array: Any, bounds: Any, *rest: Any) -> Any:
+            operation = function(array, bounds, *rest)
+            self._under_way.append((codes[id(bounds)], operation))
+            return operation
+        return call
+
+    def _put_ended(self) -> None:
+        """Record what was started and has ended: each from its start, or the end of the one before it, to its end."""
+        while self._under_way and self._under_way[0][1].ended:
+            code, operation = self._under_way.pop(0)
+            begin = max(operation.began, self._last_end)
+            if operation.ended > begin:
+                self.events.put((code, begin, operation.ended))
+                self._last_end = operation.ended
 
     def _timed_forward(self, function: Callable, num_layers: int) -> Callable:
         """Time each layer of a forward in training; validation is one event, however many batches it has."""
@@ -309,21 +347,17 @@ class Recorder:
     def _timed_backward(self, function: Callable, num_layers: int) -> Callable:
         """Time each layer of a backward, last layer first."""
         clock, put = self.events.clock, self.events.put
-        codes = [self.events.code(f"backward layer {layer}") for layer in reversed(range(num_layers))]
-        last, place, passed_on = 0, 0, None
+        codes = [self.events.code(f"backward layer {layer}") for layer in range(num_layers)]
+        last = 0
 
-        def layer_closed(start: int, stop: int) -> None:
-            nonlocal last, place
+        def on_layer(layer: int) -> None:
+            nonlocal last
             now = clock()
-            put((codes[place], last, now))
-            place += 1
-            if passed_on is not None:
-                passed_on(start, stop)
-                now = clock()
+            put((codes[layer], last, now))
             last = now
 
-        def call(dlogits: Any, on_closed: Callable | None = None, add: bool = False) -> None:
-            nonlocal last, place, passed_on
-            passed_on, place, last = on_closed, 0, clock()
-            function(dlogits, layer_closed, add)
+        def call(*args: Any, **kwargs: Any) -> None:
+            nonlocal last
+            last = clock()
+            function(*args, on_layer=on_layer, **kwargs)
         return call

@@ -14,7 +14,9 @@ class StepResult:
 
     `loss` is the weighted mean over the global batch; `grad_norm` is None unless it was asked for or needed. `steps`
     says over how many steps the sums go, and `round` (`sync.local.RoundResult`) what was learned from those between
-    two meetings: 1 and None but for local steps.
+    two meetings: 1 and None but for local steps. `comm_s` is the time in which the computing thread worked on or waited
+    for communication, `flight_s` that in which messages were under way: `comm_s` itself where nothing overlaps. With
+    overlap a gathering counts in the step that waits for it.
     """
 
     rows: int = 0
@@ -26,8 +28,19 @@ class StepResult:
     replicas_agree: bool = True
     compute_s: float = 0.0
     comm_s: float = 0.0
+    flight_s: float = 0.0
     steps: int = 1
     round: Any = None
+
+    @property
+    def hidden(self) -> float:
+        """The share of the time with messages under way in which the computing thread computed, 0 to 1."""
+        return hidden_share(self.comm_s, self.flight_s)
+
+
+def hidden_share(comm_s: float, flight_s: float) -> float:
+    """Return 1 - comm_s / flight_s, not below 0; 0 where nothing was under way. Local."""
+    return max(0.0, 1.0 - comm_s / flight_s) if flight_s > 0.0 else 0.0
 
 
 class Step:
@@ -75,6 +88,7 @@ class Step:
         if stop:
             words.ask_to_stop()
         if check:
+            self.strategy.finish()
             words.put_checksum(self.checksum())
         self._gradient(batch, step)
         computed = perf_counter()
@@ -85,7 +99,10 @@ class Step:
                             loss=words.loss / words.weight if words.weight else 0.0)
         if words.not_finite or words.weight == 0.0 or not result.replicas_agree:
             result.skipped = True
-            result.compute_s, result.comm_s = computed - started, reduced - computed
+            if words.not_finite and self.strategy.overlaps:
+                # It was on its way already; backward writes all of this anew, but for the gaps between tensors.
+                self.strategy.grads[...] = 0
+            self._put_times(result, started, reduced - computed)
             return result
         factor = 1.0 / words.weight
         if self.clip_norm is not None or want_norm:
@@ -98,9 +115,16 @@ class Step:
         updated = perf_counter()
         self.strategy.share()
         shared = perf_counter()
-        result.compute_s = computed - started + updated - reduced
-        result.comm_s = reduced - computed + shared - updated
+        self._put_times(result, started, reduced - computed + shared - updated)
         return result
+
+    def _put_times(self, result: StepResult, started: float, comm_s: float) -> None:
+        """Share out the time since `started`; `comm_s` of it were spent in reduce and share."""
+        flight_s = comm_s
+        if self.strategy.overlaps:
+            comm_s, flight_s = self.strategy.spent()
+        result.comm_s, result.flight_s = comm_s, flight_s
+        result.compute_s = perf_counter() - started - comm_s
 
     def checksum(self) -> int:
         """Return the checksum of what must be the same on all ranks: the parameters. Local."""
@@ -108,18 +132,26 @@ class Step:
 
     def _gradient(self, batch: Any, step: int) -> None:
         """Write the gradient of the weighted loss sum over this rank's batch, and its control words."""
-        network, ops, words = self.network, self.ops, self.words
+        network, ops, words, strategy = self.network, self.ops, self.words, self.strategy
+        need = strategy.need if strategy.overlaps else None
         for start in range(0, max(batch.rows, 1), self.micro_rows):
             stop = min(start + self.micro_rows, batch.rows)
             rows = stop - start
             x, dlogits = self._x[:rows], self._dlogits[:rows]
             ops.gather(batch.source, batch.index[start:stop], x, self.shift, self.scale)
-            logits = network.forward(x, training=True, seed=self.seed, step=step, first=batch.first + start)
+            logits = network.forward(x, training=True, seed=self.seed, step=step, first=batch.first + start, need=need)
             weights = None if batch.weights is None else batch.weights[start:stop]
             loss, weight = self.loss(ops, logits, ops.bring(batch.targets[start:stop]), ops.bring(weights), dlogits)
-            network.backward(dlogits, add=start > 0)
             words.add_loss(rows, weight, loss)
+            last = start + self.micro_rows >= batch.rows
+            network.backward(dlogits, self._close if strategy.overlaps and last else None, add=start > 0)
         # One pass over the gradient costs less than finding out a step later on one rank only.
-        if not (math.isfinite(words.loss) and ops.finite(self.strategy.grads)):
+        if not strategy.overlaps and not (math.isfinite(words.loss) and ops.finite(strategy.grads)):
             words.mark_not_finite()
-            self.strategy.grads[...] = 0
+            strategy.grads[...] = 0
+
+    def _close(self, start: int, stop: int) -> None:
+        """Look at the gradient of a range, which is final, and let it go."""
+        if not (math.isfinite(self.words.loss) and self.ops.finite(self.strategy.grads[start:stop])):
+            self.words.mark_not_finite()
+        self.strategy.close(start, self.words.array)

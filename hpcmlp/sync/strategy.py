@@ -5,6 +5,7 @@
 (Rajbhandari et al. 2020, ZeRO, stage 1; the ring is that of Patarasuk and Yuan 2009.)
 `WholeUpdate`: all-reduce, then every rank updates everything: the plain form that the other is compared with.
 `narrow.NarrowUpdate`: as `SlicedUpdate`, with a collective that rounds what it sends.
+`overlap.Overlapped`: either of the two, with messages that travel while the ranks compute.
 
 A strategy takes flat vectors and a collective; it knows neither networks nor MPI.
 """
@@ -32,7 +33,13 @@ class SlicedUpdate:
     size : the number of ranks.
     params, grads : flat vectors of one dtype, on the device or on the host (there `params` may be common to a node).
     ops : the arithmetic; when its arrays are on a device, messages are staged through host copies.
+
+    Attributes
+    ----------
+    overlaps : whether messages travel while the ranks compute; see `overlap.Overlapped`.
     """
+
+    overlaps = False
 
     def __init__(self, collective: Any, buckets: list[Bucket], size: int, params: Any, grads: Any, ops: Any):
         self.collective, self.buckets, self.size = collective, buckets, size
@@ -64,6 +71,9 @@ class SlicedUpdate:
         for k, bucket in enumerate(self.buckets):
             part = self._host_grads[bucket.start:bucket.stop]
             self._reduce_bucket(part, bucket, words if k == last else None)
+        self._take_sums()
+
+    def _take_sums(self) -> None:
         if self._staged:
             for start, stop in self.ranges:
                 self.ops.from_host(self._host_grads[start:stop], self.grads[start:stop])
@@ -88,12 +98,31 @@ class SlicedUpdate:
 
     def share(self) -> None:
         """Give every rank the updated parameters of all owners. Collective."""
+        self._offer()
+        for k, bucket in enumerate(self.buckets):
+            self._share_bucket(k, bucket)
+        self._take(0, self._host_params.size)
+
+    def finish(self) -> None:
+        """Return when nothing is under way any more: here, always. Collective where a strategy overlaps."""
+
+    def _offer(self) -> None:
+        """Put what this rank gives to the others where messages can be sent from."""
         if self._staged:
             for start, stop in self.ranges:
                 self.ops.to_host(self.params[start:stop], self._host_params[start:stop])
-        self._gather(self._host_params)
+
+    def _share_bucket(self, k: int, bucket: Bucket) -> None:
+        self.collective.all_gather(self._host_params[bucket.start:bucket.stop], bucket.bounds)
+
+    def _start_share(self, k: int, bucket: Bucket) -> Any:
+        """As `_share_bucket`, but return at once what is to be waited for."""
+        return self.collective.start_all_gather(self._host_params[bucket.start:bucket.stop], bucket.bounds)
+
+    def _take(self, start: int, stop: int) -> None:
+        """Bring the parameters that have come to where the arithmetic is."""
         if self._staged:
-            self.ops.from_host(self._host_params, self.params)
+            self.ops.from_host(self._host_params[start:stop], self.params[start:stop])
 
     def _gather(self, flat: np.ndarray) -> None:
         for bucket in self.buckets:
@@ -131,20 +160,23 @@ class SlicedUpdate:
             self._gathered = self.collective.empty(self._host_params.size, self._host_params.dtype)
         return self._gathered
 
-    def whole(self, owned: Any) -> np.ndarray:
+    def whole(self, owned: Any, keep: bool = True) -> np.ndarray | None:
         """Return the flat host vector whose owned ranges, concatenated, are `owned` on each rank.
 
-        Collective. Used to save or use optimizer state, averaged weights and the best state.
+        Collective, between steps: the gradient's memory is used. For saving or using optimizer state, averaged weights
+        and the best state. A rank without `keep` helps the others and gets None.
         """
-        flat = self._kept()
-        part = np.empty(owned.shape, flat.dtype)
-        self.ops.to_host(owned, part)
+        flat = self._host_grads
+        part = owned
+        if not on_host(owned):
+            part = np.empty(owned.shape, flat.dtype)
+            self.ops.to_host(owned, part)
         at = 0
         for start, stop in self.ranges:
             flat[start:stop] = part[at:at + stop - start]
             at += stop - start
         self._gather(flat)
-        return flat.copy()
+        return flat.copy() if keep else None
 
     def owned(self, flat: Any) -> Any:
         """Return a copy of this rank's ranges of `flat`, concatenated. Local."""

@@ -132,6 +132,105 @@ def test_closed_ranges_cover_the_vector_once_from_the_end_and_are_final(sizes, r
     assert np.all(net.grads == 0.0) == (rows == 0)
 
 
+def test_large_weights_are_cut_into_rows_that_cover_them():
+    spec = NetworkSpec((784, 2048, 2048, 10))
+    assert [spec.row_cuts(layer) for layer in range(3)] == [[0, 2048], [0, 2048], [0, 10]]
+    assert spec.closings() == spec.layer_starts()
+    for piece in (1, 2**18, 2**20, 2**30):
+        for layer in range(3):
+            cuts, width = spec.row_cuts(layer, piece), spec.sizes[layer]
+            assert cuts[0] == 0 and cuts[-1] == spec.sizes[layer + 1] and cuts == sorted(set(cuts))
+            for first, last in itertools.pairwise(cuts):
+                assert first % 64 == 0
+                # all but a rounding to multiples of 64 rows: no piece is much smaller than asked for
+                assert len(cuts) == 2 or (last - first + 64) * width >= piece and last - first + 64 >= 256
+        assert spec.closings(piece)[0] == 0 and spec.closings(piece) == sorted(spec.closings(piece))
+        assert set(spec.layer_starts()) <= set(spec.closings(piece))
+        assert all(start % 16 == 0 for start in spec.closings(piece))
+    assert len(spec.closings(1)) == 8 + 8 + 1
+
+
+class Watched(HostOps):
+    """Arithmetic that notes which parameters a product reads and which gradients it writes, by their addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def linear(self, x, w, b, pre):
+        self.seen.append(("read", w.ctypes.data, w.nbytes))
+        super().linear(x, w, b, pre)
+
+    def bias_activation(self, kind, pre, b, out):
+        self.seen.append(("read", b.ctypes.data, b.nbytes))
+        super().bias_activation(kind, pre, b, out)
+
+    def layer_norm(self, x, gamma, beta, *rest):
+        self.seen += [("read", a.ctypes.data, a.nbytes) for a in (gamma, beta)]
+        super().layer_norm(x, gamma, beta, *rest)
+
+    def linear_backward(self, dz, x, w, dw=None, dx=None):
+        self.seen.append(("dw", dw.ctypes.data, dw.nbytes) if dx is None else ("dx", 0, 0))
+        super().linear_backward(dz, x, w, dw, dx)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("activation, norm", [("relu", True), ("gelu", True), ("gelu", False), ("tanh", False)])
+def test_pieces_of_weights_change_nothing_and_are_told_in_time(monkeypatch, activation, norm, micro_batches):
+    monkeypatch.setattr("hpcmlp.nn.network.PIECE_ROWS", 64)
+    spec, rng, ops = NetworkSpec((5, 200, 200, 3), activation, 0.2, norm, True), np.random.default_rng(8), Watched()
+    whole, cut = random_network(spec, OPS["plain"], 11), random_network(spec, ops, 11)
+    cut = Network(spec, ops, 11, cut.params, dtype=np.float64, piece=300)
+    assert len(spec.closings(300)) == 3 + 3 + 1
+    x, dlogits = rng.normal(size=(11, 5)), rng.normal(size=(11, 3))
+    places = [0, 11] if micro_batches == 1 else [0, 5, 11]
+    expected = whole.forward(x, True, 1, 2).copy()
+    whole.backward(dlogits)
+    base = cut.params.ctypes.data
+    closed, finals, told = [], [], 0
+
+    def need(start, stop):
+        nonlocal told
+        check_reads()
+        assert start == told
+        told = stop
+
+    def check_reads():
+        for what, address, length in ops.seen:
+            assert what == "read" and base <= address and (address - base + length) // 8 <= told
+        ops.seen.clear()
+
+    for start, stop in itertools.pairwise(places):
+        told = 0
+        logits = cut.forward(x[start:stop], True, 1, 2, start, need=need)
+        check_reads()
+        assert told == cut.layout.size
+        np.testing.assert_allclose(logits, expected[start:stop], rtol=1e-12)
+        last = stop == 11
+        cut.backward(dlogits[start:stop], (lambda a, b: (closed.append((a, b)), finals.append(cut.grads[a:b].copy()),
+                                                         ops.seen.append(("closed", a, b)))) if last else None,
+                     add=start > 0)
+        # Of every layer all gradients of the weight are told before the gradient of its input is computed.
+        kinds = [what for what, *_ in ops.seen]
+        expected_kinds = ["dw", "dx"] + ["dw"] * 3 + ["dx"] + ["dw"] * 3
+        assert [kind for kind in kinds if kind != "closed"] == expected_kinds
+        if last:
+            assert kinds == [k for kind in expected_kinds for k in ((kind, "closed") if kind == "dw" else (kind,))]
+        ops.seen.clear()
+    np.testing.assert_allclose(cut.grads, whole.grads, rtol=1e-10, atol=1e-12)
+    assert [a for a, _ in closed] == spec.closings(300)[::-1]
+    assert closed[0][1] == cut.layout.size and all(a == stop for (a, _), (_, stop) in itertools.pairwise(closed))
+    assert np.array_equal(np.concatenate(finals[::-1]), cut.grads)
+
+
+def test_layers_are_told_in_both_directions():
+    spec, told = NetworkSpec((5, 7, 3)), []
+    net = random_network(spec, OPS["host"], 4)
+    logits = net.forward(np.ones((4, 5)), on_layer=told.append)
+    net.backward(logits, on_layer=told.append)
+    assert told == [0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
 def test_micro_batches_add_up_to_the_batch_and_padding_stays_zero(ops):
     for activation, norm in (("relu", True), ("gelu", False), ("tanh", True)):

@@ -42,6 +42,32 @@ def test_linear_activation_is_linear_then_activation(side, kind, rng):
             side.check(pre, z)
 
 
+@pytest.mark.parametrize("kind", PlainOps.ACTIVATIONS)
+def test_bias_activation_is_the_sum_then_the_activation(side, kind, rng):
+    product, b = side.array(rng.normal(size=(65, 130))), side.array(rng.normal(size=130))
+    z, wanted = side.array(product.astype(np.float64) + b), side.out(65, 130)
+    side.ops.activation(kind, z, wanted)
+    out = side.out(65, 130) if kind in side.ops.NEEDS_PRE else product
+    side.ops.bias_activation(kind, product, b, out)
+    side.check(out, wanted, 4)
+    if kind in side.ops.NEEDS_PRE:
+        side.check(product, z)
+
+
+def test_products_of_some_columns_leave_the_others_alone(side, rng):
+    x, w, dz = (side.array(rng.normal(size=size)) for size in ((33, 17), (70, 17), (33, 100)))
+    wide, dw = side.out(33, 100), side.out(70, 17)
+    wide[...] = 5.0
+    side.ops.linear(x, w, None, wide[:, 20:90])
+    side.check(wide[:, 20:90], np.einsum("ni,ki->nk", x.astype(np.float64), w), 10)
+    assert (wide[:, :20] == 5.0).all() and (wide[:, 90:] == 5.0).all()
+    side.ops.linear_backward(dz[:, 20:90], x, None, dw)
+    side.check(dw, np.einsum("nk,ni->ki", dz[:, 20:90].astype(np.float64), x), 10)
+    dx = side.out(33, 17)
+    side.ops.linear_backward(side.array(dz[:, 20:90]), None, w, None, dx)
+    side.check(dx, np.einsum("nk,ki->ni", dz[:, 20:90].astype(np.float64), w), 10)
+
+
 def test_column_sums_of_many_rows_are_exact_to_rounding(side, rng):
     dz = side.array(rng.normal(size=(20011, 3)) + 100.0)
     db = side.out(3)

@@ -1,5 +1,6 @@
 """`train --trace` through the command line: one file of all ranks, and the same parameters as without."""
 
+import itertools
 import json
 
 import pytest
@@ -28,8 +29,8 @@ def plain(flowers, hpcmlp, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("extra", [("--sync", "shared"), ("--sync", "ring"), ("--sync", "native"),
-                                   ("--full-update",)])
+@pytest.mark.parametrize("extra", [("--sync", "shared"), ("--sync", "ring"), ("--sync", "native"), ("--full-update",),
+                                   ("--sync", "ring", "--overlap")])
 def test_a_timeline_of_two_ranks(flowers, hpcmlp, tmp_path, plain, extra):
     run = tmp_path / "run"
     done = hpcmlp("train", "--data", flowers, "--out", run, *OPTIONS, *extra, "--trace", "--trace-steps", 20, ranks=2)
@@ -37,8 +38,11 @@ def test_a_timeline_of_two_ranks(flowers, hpcmlp, tmp_path, plain, extra):
     other, spans = spans_of(run)
     assert other["ranks"] == 2 and len(other["clock_uncertainty_us"]) == 2
     for pid in (0, 1):
-        own = [e for e in spans if e["pid"] == pid]
-        names = {e["name"] for e in own}
+        names = {e["name"] for e in spans if e["pid"] == pid}
+        own = [e for e in spans if e["pid"] == pid and e["tid"] == 0]
+        behind = [e for e in spans if e["pid"] == pid and e["tid"] == 1]
+        assert bool(behind) == ("--overlap" in extra)
+        check_behind(own, behind)
         assert names >= NAMES, NAMES - names
         assert "reduce bucket 1" in names and ("wait" in names) == (extra[0] != "--sync" or extra[1] == "shared")
         assert [e["args"]["step"] for e in own if e["name"] == "step"] == list(range(6, 26))
@@ -50,6 +54,17 @@ def test_a_timeline_of_two_ranks(flowers, hpcmlp, tmp_path, plain, extra):
     assert not (plain / "trace.json").exists()
     if extra == ("--sync", "shared"):
         assert parameters(run) == parameters(plain)
+
+
+def check_behind(own, behind):
+    """Buckets follow each other, and those of one step's gradient end before its update begins."""
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 0.001 for a, b in itertools.pairwise(behind))
+    for update in (e for e in own if e["name"] == "update"):
+        step = update["args"]["step"]
+        assert all(e["ts"] + e["dur"] <= update["ts"] for e in behind
+                   if e["name"].startswith("reduce") and e["args"]["step"] == step)
+    for e in behind:
+        assert e["name"].split()[:2] in (["reduce", "bucket"], ["all_gather", "bucket"])
 
 
 def check_nesting(events):
