@@ -98,7 +98,9 @@ class Ring:
             travels with every part.
         """
         if self._is_small(array):
-            self._together.sum(array[bounds[0]:bounds[-1]], words)
+            # In the order of the ring: the bits are those of a reduction that is started.
+            part = slice(bounds[self.rank], bounds[self.rank + 1])
+            self._together.sum(array, words, part, first=(self.rank + 1) % self.size)
         elif self.size > 1:
             self._run(self._reduce_plan(array, bounds, words), words)
 
@@ -253,7 +255,7 @@ class Ring:
 class _Together:
     """Sums of small arrays by one call of MPI: few messages one after the other, where the ring takes 2 (P-1) hops.
 
-    Every rank gets all ranks' numbers (MPI_Allgather) and adds them up in the same way, so all hold the same bits
+    Every rank gets all ranks' numbers (MPI_Allgather) and adds up what it needs itself, so all hold the same bits
     whatever the library does. Between two ranks MPI adds (MPI_Allreduce): two numbers have one sum in either order.
     Bytes sent per rank: those of the array and words, times P-1 at most.
     """
@@ -262,32 +264,45 @@ class _Together:
         self._comm = comm
         self._buffers: dict[tuple, tuple] = {}
 
-    def sum(self, array: np.ndarray, words: np.ndarray | None) -> None:
-        """Replace `array`, and `words`, by the sum over the ranks. Collective."""
+    def sum(self, array: np.ndarray, words: np.ndarray | None, part: slice = slice(None), first: int = 0) -> None:
+        """Replace `part` of `array`, and `words`, by the sum over the ranks, in their order from rank `first` on.
+
+        Collective. What `array` holds outside the part afterwards nobody should use.
+        """
         if self._comm.size == 2:
             self._comm.Allreduce(MPI.IN_PLACE, array, MPI.SUM)
             if words is not None:
                 self._comm.Allreduce(MPI.IN_PLACE, words, MPI.SUM)
             return
-        given = (array,) if words is None else (words, array)   # words first: they need the larger alignment
-        key = tuple((values.dtype.char, values.size) for values in given)
-        own, every, columns = self._buffers.get(key) or self._prepare(key, given)
-        for values, (mine, _) in zip(given, columns, strict=True):
-            np.copyto(mine, values)
-        self._comm.Allgather(own, every)
-        for values, (_, rows) in zip(given, columns, strict=True):
-            np.add.reduce(rows, 0, None, values)
+        key = array.dtype.char, array.size, 0 if words is None else words.size
+        every, numbers, bins = self._buffers.get(key) or self._prepare(key, array)
+        np.copyto(numbers[self._comm.rank], array)
+        if words is not None:
+            split(words, bins[self._comm.rank])
+        self._comm.Allgather(MPI.IN_PLACE, every)
+        _add_up([row[part] for row in (*numbers[first:], *numbers[:first])], array[part])
+        if words is not None:
+            _add_up(bins, bins[0])
+            join(bins[0], words)
 
-    def _prepare(self, key: tuple, given: tuple[np.ndarray, ...]) -> tuple:
+    def _prepare(self, key: tuple, array: np.ndarray) -> tuple:
         if len(self._buffers) >= MAX_PLANS:
             self._buffers.clear()
-        bounds = np.cumsum([0, *(values.nbytes for values in given)])
-        own = np.empty(bounds[-1], np.uint8)
-        every = np.empty((self._comm.size, own.size), np.uint8)
-        columns = [(own[start:stop].view(values.dtype), every[:, start:stop].view(values.dtype))
-                   for values, start, stop in zip(given, bounds[:-1], bounds[1:], strict=True)]
-        self._buffers[key] = own, every, columns
+        size, num_words = self._comm.size, key[2]
+        start = 8 * num_bins(size) * num_words      # after the bins of the words
+        every = np.zeros((size, start + -(-array.nbytes // 8) * 8), np.uint8)
+        numbers = [row[start:start + array.nbytes].view(array.dtype) for row in every]
+        bins = [row[:start].view(np.float64).reshape(num_bins(size), num_words) for row in every]
+        self._buffers[key] = every, numbers, bins
         return self._buffers[key]
+
+
+def _add_up(terms: Sequence[np.ndarray], out: np.ndarray) -> None:
+    """Write the sum of `terms`, in their order, into `out`, which may be the first of them. Local."""
+    if out is not terms[0]:
+        np.copyto(out, terms[0])
+    for term in terms[1:]:
+        np.add(out, term, out)
 
 
 class _Operation:
