@@ -149,7 +149,7 @@ class TrainConfig:
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
                        "nodes), ring, native (the MPI library's own), or server (parameters on servers); auto: shared "
-                       "where ranks share a node")
+                       "on one node, else the fastest in a short trial")
     servers: int | None = option(None, kind=int, low=1, help="--sync server: ranks that hold the parameters; when "
                                  "fewer than all they do nothing else (default: 1)")
     staleness: str | None = option(None, help="--sync server: steps that parameters may change between a worker's pull "
@@ -244,8 +244,9 @@ class BenchConfig:
 
     what: str = option(positional=True, choices=("step", "comm", "gemm", "io"), help="step: a whole training step on "
                        "made-up samples, and its matrix products alone, ms; gemm: these products, ms and GFLOP/s; "
-                       "comm: an all-reduce over sizes for each algorithm, us and GB/s; io: how fast the shards of a "
-                       "data set are read, verified, gathered and streamed, samples/s and MB/s")
+                       "comm: an all-reduce over sizes for each algorithm, beside MPI's own and a copy of memory, us "
+                       "and GB/s; io: how fast the shards of a data set are read, verified, gathered and streamed, "
+                       "samples/s and MB/s")
     sizes: tuple = option((784, 256, 128, 10), kind=int, many=True, low=1, help="widths from input to output (step, "
                           "gemm)")
     global_batch_size: int = option(128, low=1, help="samples of one step over all ranks (step, gemm, io)")
