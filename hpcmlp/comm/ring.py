@@ -98,7 +98,7 @@ class Ring:
             travels with every part.
         """
         if self._is_small(array):
-            self._together.sum(array[bounds[0]:bounds[-1]], words)
+            self._together.sum(array[bounds[0]:bounds[-1]], words, bounds)
         elif self.size > 1:
             self._run(self._reduce_plan(array, bounds, words), words)
 
@@ -254,7 +254,8 @@ class _Together:
     """Sums of small arrays by one call of MPI: few messages one after the other, where the ring takes 2 (P-1) hops.
 
     Every rank gets all ranks' numbers (MPI_Allgather) and adds them up in the same way, so all hold the same bits
-    whatever the library does. Between two ranks MPI adds (MPI_Allreduce): two numbers have one sum in either order.
+    whatever the library does; a part of its own it adds up in the order of the ring, so that it has the bits of a
+    reduction that was started. Between two ranks MPI adds (MPI_Allreduce): two numbers have one sum in either order.
     Bytes sent per rank: those of the array and words, times P-1 at most.
     """
 
@@ -262,32 +263,51 @@ class _Together:
         self._comm = comm
         self._buffers: dict[tuple, tuple] = {}
 
-    def sum(self, array: np.ndarray, words: np.ndarray | None) -> None:
-        """Replace `array`, and `words`, by the sum over the ranks. Collective."""
+    def sum(self, array: np.ndarray, words: np.ndarray | None, bounds: Bounds | None = None) -> None:
+        """Replace `array`, or this rank's part of it when there are `bounds`, and `words` by the sum over the ranks.
+
+        Collective.
+        """
         if self._comm.size == 2:
             self._comm.Allreduce(MPI.IN_PLACE, array, MPI.SUM)
             if words is not None:
                 self._comm.Allreduce(MPI.IN_PLACE, words, MPI.SUM)
             return
-        given = (array,) if words is None else (words, array)   # words first: they need the larger alignment
-        key = tuple((values.dtype.char, values.size) for values in given)
-        own, every, columns = self._buffers.get(key) or self._prepare(key, given)
-        for values, (mine, _) in zip(given, columns, strict=True):
-            np.copyto(mine, values)
+        num_words = 0 if words is None else words.size
+        key = (array.dtype.char, array.size, num_words)
+        own, every, mine, rows, split_words, word_rows = self._buffers.get(key) or self._prepare(*key)
+        np.copyto(mine, array)
+        if num_words:
+            split(words, split_words)
         self._comm.Allgather(own, every)
-        for values, (_, rows) in zip(given, columns, strict=True):
-            np.add.reduce(rows, 0, None, values)
+        if bounds is None:
+            np.add.reduce(rows, 0, None, array)
+        else:
+            self._sum_part(array, rows, bounds)
+        if num_words:
+            np.add.reduce(word_rows, 0, None, split_words)
+            join(split_words, words)
 
-    def _prepare(self, key: tuple, given: tuple[np.ndarray, ...]) -> tuple:
+    def _sum_part(self, array: np.ndarray, rows: np.ndarray, bounds: Bounds) -> None:
+        rank, size = self._comm.rank, self._comm.size
+        part = slice(bounds[rank] - bounds[0], bounds[rank + 1] - bounds[0])
+        total = array[part]
+        np.copyto(total, rows[(rank + 1) % size, part])
+        for step in range(2, size + 1):
+            np.add(rows[(rank + step) % size, part], total, total)
+
+    def _prepare(self, kind: str, length: int, num_words: int) -> tuple:
         if len(self._buffers) >= MAX_PLANS:
             self._buffers.clear()
-        bounds = np.cumsum([0, *(values.nbytes for values in given)])
-        own = np.empty(bounds[-1], np.uint8)
-        every = np.empty((self._comm.size, own.size), np.uint8)
-        columns = [(own[start:stop].view(values.dtype), every[:, start:stop].view(values.dtype))
-                   for values, start, stop in zip(given, bounds[:-1], bounds[1:], strict=True)]
-        self._buffers[key] = own, every, columns
-        return self._buffers[key]
+        size = self._comm.size
+        shape = num_bins(size), num_words
+        cut = 8 * shape[0] * shape[1]   # words first: they need the larger alignment
+        own = np.empty(cut + length * np.dtype(kind).itemsize, np.uint8)
+        every = np.empty((size, own.size), np.uint8)
+        buffers = (own, every, own[cut:].view(kind), every[:, cut:].view(kind), own[:cut].view(np.float64).reshape(shape),
+                   every[:, :cut].view(np.float64).reshape(size, *shape))
+        self._buffers[kind, length, num_words] = buffers
+        return buffers
 
 
 class _Operation:
