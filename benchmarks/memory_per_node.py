@@ -1,9 +1,9 @@
 """Memory that one node's ranks take together, for 1, 2, 4 ranks, `--sync shared` beside `--sync ring`.
 
-Each rank runs some whole steps (Adam, its part of one global batch) and reads Pss from /proc/self/smaps_rollup before
-it makes the network's vectors and after the steps: Pss counts a page that k processes share as 1/k in each, so the sum
-over the ranks is what the node holds. The difference is compared with the closed form. `python
-benchmarks/memory_per_node.py --mpiexec MPIEXEC` prints the table.
+Each rank runs some whole steps (Adam, its part of one global batch), gathers the moments as a checkpoint does, and
+reads Pss from /proc/self/smaps_rollup before it makes the network's vectors and after all that: Pss counts a page that
+k processes share as 1/k in each, so the sum over the ranks is what the node holds. The difference is compared with the
+closed form. `python benchmarks/memory_per_node.py --mpiexec MPIEXEC` prints the table.
 """
 
 import argparse
@@ -62,6 +62,9 @@ def measure(sync: str, sizes: tuple[int, ...], global_batch: int) -> None:
     step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows)
     for number in range(3):
         assert not step.run(batch, number, 1e-3).skipped
+    for moment in optimizer.state.values():         # as for a checkpoint: nothing of it may stay
+        strategy.whole(moment, keep=world.rank == 0)
+    del moment
     messages.barrier(comm)
     taken = np.array([float(pss_bytes() - before)])
     messages.barrier(comm)
@@ -75,10 +78,11 @@ def expected(sync: str, sizes: tuple[int, ...], rows: int, ranks: int, flat: int
     """Return the bytes of one node in closed form.
 
     Local. `flat` bytes of parameters, once per node when shared; two moments, once; a gradient per rank; for every
-    sample of the global batch its input, and an activation and a gradient per unit of the layers after it.
+    sample of the global batch its input, and an activation and a gradient per unit of the layers after it; rank 0's
+    copy of a vector to be saved, whose memory the allocator keeps for the next.
     """
     parameters = flat * (1 if sync == "shared" else ranks)
-    return parameters + 2 * flat + ranks * flat + 4 * rows * (sizes[0] + 2 * sum(sizes[1:]))
+    return parameters + 2 * flat + ranks * flat + flat + 4 * rows * (sizes[0] + 2 * sum(sizes[1:]))
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ INSIDE = {
     "data": "data files guard layouts tables csv_numbers manifest order arrays csv_reader hdf5_reader idx_reader "
             "npz_reader parquet_reader readers row_file splits statistics download sources targets preprocess cleaning "
             "selection summary shards describe samples resident streamed loader",
-    "sync": "buckets control strategy narrow overlap sync step local ledger server",
+    "sync": "buckets control strategy narrow overlap sync step local ledger storage tasks server",
     "run": "run faults signals checkpoint directory coordinator session roc evaluation curves trace timeline io_rates",
     "programs": "programs prepare train evaluate predict inspect report bench",
 }

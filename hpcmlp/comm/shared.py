@@ -112,8 +112,8 @@ class Shared:
         window = _Window(self.node, num_bytes, common)
         missing = window.fill()
         try:
-            self._agree(f"another program took {missing / 2**20:.1f} of {needed / 2**20:.1f} MiB in /dev/shm while they "
-                        f"were allocated; {node_memory.advice()}" if missing else "")
+            self._agree(f"another program took {missing / 2**20:.1f} of {needed / 2**20:.1f} MiB in /dev/shm while "
+                        f"they were allocated; {node_memory.advice()}" if missing else "")
         except SharedUnavailable:
             window.free()
             raise
@@ -265,7 +265,7 @@ class Shared:
         self._meet(self._word_table)
 
     def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
-        """Return what `Ring.least_bytes` says of the ring between nodes, for an array of which each rank carries a share.
+        """Return what `Ring.least_bytes` says of the ring between nodes, for arrays of which each rank carries a share.
 
         Collective over the ranks. On one node nothing is sent, so no array is large enough.
         """

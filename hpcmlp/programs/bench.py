@@ -81,7 +81,7 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
                              servers=config.servers or 1)
     on_host = config.device == "cpu"
     if roles is not None:
-        from hpcmlp.sync.server import one_bucket
+        from hpcmlp.sync.storage import one_bucket
         planned = Plan(one_bucket(layout.size, roles), None, False, 0.0)
     else:
         planned = plan(spec, exchange.collective, size, topology.num_nodes, config.bucket_mb, config.overlap)
@@ -156,7 +156,7 @@ def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
 
 
 def _mean(topology: Topology, action: Callable[[], None], count: int, finish: Callable[[], None]) -> float:
-    """Return the mean time of `count` calls and of the end of what they leave under way, slowest rank, ms. Collective."""
+    """Return the mean time of `count` calls, with the end of what they leave under way; slowest rank, ms. Collective."""
     messages.barrier(topology.comm)
     begin = time.perf_counter()
     for _ in range(count):

@@ -44,7 +44,7 @@ def served(runs: tuple[str, ...]) -> list[str]:
             continue    # the picture's own message says so
         told = [json.loads(line) for line in text.splitlines() if '"kind": "server"' in line]
         if told:
-            from hpcmlp.sync.server import add_reports, report_table
+            from hpcmlp.sync.storage import add_reports, report_table
             lines += [f"{run}:", *report_table(add_reports(told))]
     return lines
 

@@ -40,8 +40,8 @@ from hpcmlp.sync.step import Step, StepResult, hidden_share
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps", "servers",
-                  "staleness", "staleness_lr", "worker_timeout"}
+                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps",
+                  "servers", "staleness", "staleness_lr", "worker_timeout"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 DEFAULT_EPOCHS = 10
 EVALUATION_ROWS = 1024
@@ -92,7 +92,8 @@ def check_fits(config: TrainConfig, manifest: Manifest, size: int) -> None:
              "--local-steps": config.local_steps > 1, "--outer-optimizer": config.outer_optimizer != "none"}
     odd = [name for name, given in alone.items() if given]
     if config.overlap and odd:
-        raise ConfigError(f"--overlap has no effect with {odd[0]}, which sends nothing while it computes; leave one out.")
+        raise ConfigError(f"--overlap has no effect with {odd[0]}, which sends nothing while it computes; leave one "
+                          "out.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
     for name in ("outer_lr", "outer_momentum"):
@@ -204,6 +205,11 @@ class Training:
         owners = 1 if self.config.full_update or self.local else t.size
         # params, grads, moments, best; with local steps also where the ranks last met, and its momentum
         vectors = flat * (2 + moments / owners + (self.manifest.rows("val") > 0) + 2 * self.local)
+        if self.roles is not None and t.rank < self.roles.servers:
+            # Slices of moments, and of what every worker sends and gets out of step.
+            vectors += flat * (moments / self.roles.servers - moments / owners)
+            if self.config.staleness not in (None, "0"):
+                vectors += 2 * flat * len(self.roles.workers) / self.roles.servers
         if self.config.wire != "float32" and (t.num_nodes > 1 or self.config.sync == "ring"):
             vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
         rows = -(-self.loader.local_rows_max // self.config.accumulate)
@@ -220,7 +226,8 @@ class Training:
         limit = None if c.memory_limit is None else int(c.memory_limit * 2**20)
         place = self.topology.rank, self.topology.size
         if self.roles is not None and split == "train":
-            from hpcmlp.sync.server import Idle, Tasks, read_staleness
+            from hpcmlp.sync.server import read_staleness
+            from hpcmlp.sync.tasks import Idle, Tasks
             place = self.roles.share(self.topology.rank)
             if place is None:
                 return Idle(self.manifest, c.global_batch_size)
@@ -289,7 +296,7 @@ class Training:
         return Plan(self._server_buckets(size), None, False, 4 * size / 2**20)
 
     def _server_buckets(self, size: int) -> list[Bucket]:
-        from hpcmlp.sync.server import one_bucket
+        from hpcmlp.sync.storage import one_bucket
         return one_bucket(size, self.roles)
 
     def _plan_apart(self) -> None:
@@ -647,7 +654,7 @@ class Training:
 
     def _report_servers(self, epoch: int) -> None:
         """Log what the servers did since the last report."""
-        from hpcmlp.sync.server import in_step_report, report_line
+        from hpcmlp.sync.storage import in_step_report, report_line
         if self.directory is None:
             return
         step = self.session.progress.step
@@ -717,7 +724,7 @@ class Training:
         """Who stores which slice, for `inspect`."""
         if self.roles is None:
             return {}
-        from hpcmlp.sync.server import describe_slices
+        from hpcmlp.sync.storage import describe_slices
         return {"server": describe_slices(self.network.layout.size, self.roles, len(self.step.optimizer.state),
                                           self.session.progress.step, self.config.staleness or "0")}
 
@@ -768,7 +775,7 @@ class Training:
     def _served_summary(self) -> dict[str, Any]:
         if self.roles is None:
             return {}
-        from hpcmlp.sync.server import add_reports
+        from hpcmlp.sync.storage import add_reports
         return {"server": {"servers": self.roles.servers, "staleness_bound": self.config.staleness or "0",
                            **add_reports(self.served)}}
 

@@ -2,9 +2,9 @@
 
 Buckets follow the backward pass: the first holds the last layers. A bucket closes when it has reached
 `bucket_bytes`; it always ends where backward closes a range (at the start of a layer's tensors, or of a piece of its
-weight), so that it is final as soon as backward has been there. Each rank owns one part of every bucket; together its parts are the rank's slice of the
-flat vector. Part boundaries are multiples of 16 elements (64 bytes of float32), so that no two ranks ever write
-one cache line.
+weight), so that it is final as soon as backward has been there. Each rank owns one part of every bucket; together its
+parts are the rank's slice of the flat vector. Part boundaries are multiples of 16 elements (64 bytes of float32), so
+that no two ranks ever write one cache line.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,9 @@
 
 A bucket's reduction starts when backward has made its gradients final; its parameters are gathered in the order in
 which the next forward pass reads them, and waited for just before. In between somebody must drive the messages: the
-computing thread whenever it comes by (`close`, `need`), and, where the MPI library grants it, a daemon thread that looks
-every INTERVAL_S while something is under way and sleeps else. A lock lets one of them into the collective at a time.
+computing thread whenever it comes by (`close`, `need`), and, where the MPI library grants it, a daemon thread that
+looks every INTERVAL_S while something is under way, and sleeps else. A lock lets one of them into the collective at a
+time.
 
 The sums have the order of `SlicedUpdate`, so the results have its bits, given the same buckets and pieces of weights.
 Control words travel with the last bucket: what is not finite is on its way by then, and all ranks skip the step.
@@ -120,7 +121,7 @@ class Overlapped(SlicedUpdate):
         self._exposed_s += perf_counter() - began
 
     def share(self) -> None:
-        """Start to give every rank the updated parameters of all owners, those of the first layers first. Collective."""
+        """Start to give every rank the updated parameters of all owners, first layers first. Collective."""
         began = perf_counter()
         self._offer()
         for k in reversed(range(len(self.buckets))):
@@ -154,9 +155,9 @@ class Overlapped(SlicedUpdate):
         self._exposed_s = self._flight_s = 0.0
         return spent
 
-    def whole(self, owned: Any) -> np.ndarray:
+    def whole(self, owned: Any, keep: bool = True) -> np.ndarray | None:
         self.finish()
-        return super().whole(owned)
+        return super().whole(owned, keep)
 
     def carried(self) -> dict[str, np.ndarray]:
         self.finish()

@@ -42,11 +42,11 @@ import numpy as np
 
 from hpcmlp.comm.post import Post
 from hpcmlp.comm.served import Roles
-from hpcmlp.data.samples import Batch
 from hpcmlp.errors import ConfigError
-from hpcmlp.sync.buckets import Bucket, part_bounds
 from hpcmlp.sync.ledger import Ledger
 from hpcmlp.sync.step import Step, StepResult
+from hpcmlp.sync.storage import slice_bounds
+from hpcmlp.sync.tasks import Tasks
 
 DEFAULT_TIMEOUT_S = 60.0
 HELLO, LEAVE = -1, -2                               # instead of a task in a worker's words
@@ -75,7 +75,8 @@ def check_options(options: Any, size: int) -> None:
         raise ConfigError(f"--servers {servers} with {size} rank{'s' * (size > 1)}: give at most as many servers as "
                           "ranks, or start more ranks.")
     wrong = {"--full-update": options.full_update, "--bucket-mb": options.bucket_mb != type(options).bucket_mb,
-             "--local-steps": options.local_steps > 1, "--outer-optimizer": options.outer_optimizer != "none"}
+             "--overlap": options.overlap, "--local-steps": options.local_steps > 1,
+             "--outer-optimizer": options.outer_optimizer != "none"}
     for name, given in wrong.items():
         if given:
             raise ConfigError(f"{name} has no effect with --sync server, whose servers hold one slice each and update "
@@ -96,124 +97,6 @@ def check_options(options: Any, size: int) -> None:
     for name, (given, why) in never.items():
         if given:
             raise ConfigError(f"{name} does not go with --staleness {options.staleness}: {why}; use --staleness 0.")
-
-
-def slice_bounds(length: int, servers: int) -> np.ndarray:
-    """Return (servers + 1,) int64 offsets of the servers' slices, multiples of 16. Local."""
-    return part_bounds(length, servers)
-
-
-def one_bucket(length: int, roles: Roles) -> list[Bucket]:
-    """Return the flat vector as one bucket whose parts are the servers' slices; empty ones for workers. Local."""
-    bounds = slice_bounds(length, roles.servers)
-    return [Bucket(0, length, np.concatenate([bounds, np.full(roles.size - roles.servers, length)]))]
-
-
-def describe_slices(length: int, roles: Roles, moments: int, version: int, staleness: str) -> dict[str, Any]:
-    """Return who stores, trains and loads what, as JSON-able values for a checkpoint's meta. Local."""
-    bounds = slice_bounds(length, roles.servers).tolist()
-    slices = [{"rank": rank, "start": a, "stop": b, "version": version, "bytes": 4 * (b - a),
-               "optimizer_bytes": 4 * moments * (b - a)}
-              for rank, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
-    return {"servers": roles.servers, "workers": list(roles.workers), "staleness": staleness, "slices": slices}
-
-
-def in_step_report(collective: Any, steps: int) -> dict[str, Any]:
-    """Return what `Apart.report` returns, for a `Served` collective that has done `steps` steps since. Local.
-
-    The bytes are those of rank 0, a server; the collective counts anew.
-    """
-    workers = len(collective.roles.workers)
-    report = {"staleness": {"0": workers * steps} if steps else {}, "workers": [],
-              "bytes_pushed": collective.bytes_received, "bytes_pulled": collective.bytes_sent}
-    collective.bytes_sent = collective.bytes_received = 0
-    return report
-
-
-def report_line(report: dict[str, Any]) -> str:
-    """Return the console's line of a report. Local."""
-    pushes = sum(report["staleness"].values()) or 1
-    shares = " ".join(f"{k}: {100 * count / pushes:.0f} %" for k, count in report["staleness"].items())
-    waits = "  ".join(f"rank {w['rank']} {w['pushes']} pushes, waited {w['wait_s']:.1f} s" for w in report["workers"])
-    return (f"  servers  staleness {shares or '-'}  {waits}{'  ' if waits else ''}"
-            f"{report['bytes_pushed'] / 2**20:,.1f} MiB pushed, {report['bytes_pulled'] / 2**20:,.1f} MiB pulled")
-
-
-def add_reports(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the sum of several reports. Local."""
-    total: dict[str, Any] = {"staleness": {}, "workers": {}, "bytes_pushed": 0, "bytes_pulled": 0}
-    for report in reports:
-        for key, count in report["staleness"].items():
-            total["staleness"][key] = total["staleness"].get(key, 0) + count
-        for worker in report["workers"]:
-            kept = total["workers"].setdefault(worker["rank"], dict.fromkeys(worker, 0) | {"rank": worker["rank"]})
-            kept |= {name: kept[name] + worker[name] for name in ("pushes", "compute_s", "wait_s")}
-        for name in ("bytes_pushed", "bytes_pulled"):
-            total[name] += report[name]
-    return total | {"workers": [total["workers"][rank] for rank in sorted(total["workers"])],
-                    "staleness": {k: total["staleness"][k] for k in sorted(total["staleness"], key=int)}}
-
-
-def report_table(total: dict[str, Any]) -> list[str]:
-    """Return the histogram of staleness and what each worker did, as lines of text. Local."""
-    pushes = sum(total["staleness"].values()) or 1
-    rows = [(int(key), count) for key, count in total["staleness"].items()]
-    lines = ["  staleness   pushes"]
-    lines += [f"  {key:>9} {count:>8} {'#' * math.ceil(40 * count / pushes)}" for key, count in rows]
-    if total["workers"]:
-        lines.append("  worker      pushes  computed s  waited s")
-        lines += [f"  rank {w['rank']:<4} {w['pushes']:>8} {w['compute_s']:>11.2f} {w['wait_s']:>9.2f}"
-                  for w in total["workers"]]
-    return [*lines, f"  {total['bytes_pushed']:,} bytes pushed, {total['bytes_pulled']:,} pulled"]
-
-
-class Idle:
-    """The loader of a dedicated server: it knows the steps of an epoch and has no samples. Local."""
-
-    mode = "on the workers"
-    local_rows_max = 0
-
-    def __init__(self, manifest: Any, global_batch_size: int):
-        self.num_rows, self._size = manifest.rows("train"), global_batch_size
-        self.steps_per_epoch = -(-self.num_rows // global_batch_size)
-        outputs = () if manifest.task == "classification" else (manifest.num_outputs,)
-        self._source = np.zeros((1, manifest.num_features), np.dtype(manifest.x_dtype))
-        self._index = np.zeros(0, np.int64)
-        self._targets = np.zeros((0, *outputs), np.int32 if manifest.task == "classification" else np.float32)
-        self._weights = np.zeros(0, np.float32) if manifest.weighted else None
-
-    def batch(self, epoch: int, t: int) -> Batch:
-        """Return an empty share of batch `t`. Local."""
-        rows = min(self._size, self.num_rows - t * self._size)
-        return Batch(0, 0, rows, self._source, self._index, self._targets, self._weights)
-
-    def close(self) -> None:
-        """Do nothing. Local."""
-
-
-class Tasks:
-    """Any slice of any global batch, from a loader of whole global batches.
-
-    Local. `loader` is that of rank 0 of 1; what else is asked for is its.
-    """
-
-    def __init__(self, loader: Any, slots: int):
-        self._loader, self._slots = loader, slots
-        self.steps_per_epoch, self.mode = loader.steps_per_epoch, loader.mode
-        self.local_rows_max = -(-loader.local_rows_max // slots)
-
-    def task(self, number: int) -> Batch:
-        """Return the samples of task `number`. Local."""
-        step, part = divmod(number, self._slots)
-        whole = self._loader.batch(*divmod(step, self.steps_per_epoch))
-        a, b = (k * whole.rows // self._slots for k in (part, part + 1))
-        weights = None if whole.weights is None else whole.weights[a:b]
-        return Batch(b - a, whole.first + a, whole.global_rows, whole.source, whole.index[a:b], whole.targets[a:b],
-                     weights)
-
-    def close(self) -> None:
-        """Close the loader. Local."""
-        self._loader.close()
 
 
 @dataclass

@@ -27,7 +27,7 @@ PIECE = 300     # elements: with pieces of at least 64 rows the first layer is c
 
 
 class Rows:
-    """A local batch in the form of data.loader.Batch: this rank's slice of fixed samples, the last rank's one longer."""
+    """A local batch in the form of data.loader.Batch: this rank's slice of fixed samples, the last one longer."""
 
     def __init__(self, comm, step):
         random = np.random.default_rng(step)

@@ -17,9 +17,11 @@ from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import Average, make_optimizer
 from hpcmlp.ops.host import HostOps
 from hpcmlp.sync.buckets import cut
-from hpcmlp.sync.server import Apart, Tasks, check_options, describe_slices, one_bucket, read_staleness
+from hpcmlp.sync.server import Apart, check_options, read_staleness
 from hpcmlp.sync.step import Step
+from hpcmlp.sync.storage import describe_slices, one_bucket
 from hpcmlp.sync.strategy import SlicedUpdate
+from hpcmlp.sync.tasks import Tasks
 
 SPEC = NetworkSpec((7, 19, 19, 3), "tanh", layer_norm=True)
 ROWS = 23       # of a global batch: never a multiple of the workers
@@ -298,7 +300,7 @@ def test_numbers_that_are_not_finite_skip_the_update_on_all_servers(comm):
 def options(**given):
     kept = {"servers": None, "staleness": None, "staleness_lr": False, "worker_timeout": None, "full_update": False,
             "bucket_mb": 32.0, "trace": False, "device": "cpu", "optimizer": "adamw", "clip_norm": None,
-            "local_steps": 1, "outer_optimizer": "none"}
+            "local_steps": 1, "outer_optimizer": "none", "overlap": None}
     return type("Options", (SimpleNamespace,), {"bucket_mb": 32.0})(**{**kept, **given})
 
 
@@ -307,6 +309,7 @@ def options(**given):
     ({"full_update": True}, 2, "--full-update has no effect"),
     ({"bucket_mb": 1.0}, 2, "--bucket-mb has no effect"),
     ({"local_steps": 4}, 2, "--local-steps has no effect"),
+    ({"overlap": True}, 2, "--overlap has no effect"),
     ({"staleness_lr": True}, 2, "--staleness-lr has no effect with --staleness 0"),
     ({"worker_timeout": 2.0}, 2, "--worker-timeout has no effect"),
     ({"staleness": "3", "servers": 2}, 2, "needs dedicated servers"),
