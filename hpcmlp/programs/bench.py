@@ -51,8 +51,8 @@ def _check(config: BenchConfig) -> None:
     if config.what == "step":
         check_wire(config.sync, config.wire)
         if config.overlap and config.sync == "native":
-            raise ConfigError("--overlap has no effect with --sync native, which sends nothing while it computes; leave "
-                              "one out.")
+            raise ConfigError("--overlap has no effect with --sync native, which sends nothing while it computes; "
+                              "leave one out.")
     if len(config.sizes) < 2:
         raise ConfigError(f"--sizes {','.join(map(str, config.sizes))}: give at least two widths, input and output.")
     if config.what == "io" and config.data is None:
@@ -143,7 +143,7 @@ def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
 
 
 def _mean(topology: Topology, action: Callable[[], None], count: int, finish: Callable[[], None]) -> float:
-    """Return the mean time of `count` calls, with the end of what they leave under way; slowest rank, ms. Collective."""
+    """Return the mean time of `count` calls, and the end of what they leave under way; slowest rank, ms. Collective."""
     messages.barrier(topology.comm)
     begin = time.perf_counter()
     for _ in range(count):

@@ -41,7 +41,8 @@ def test_overlapped_runs_have_the_bits_of_the_others_also_when_stopped_and_resum
     for name, overlaps in (("plain", False), ("whole", True)):
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         assert summary["overlap"] is overlaps and summary["buckets"] == 3 and summary["bucket_mb"] == 0.0002
-        hidden = [summary["hidden"], *(r["hidden"] for kind in ("step", "epoch") for r in records(tmp_path / name, kind))]
+        logged = [r["hidden"] for kind in ("step", "epoch") for r in records(tmp_path / name, kind)]
+        hidden = [summary["hidden"], *logged]
         assert all(0.0 <= share <= 1.0 for share in hidden) and (overlaps or not any(hidden))
 
 
