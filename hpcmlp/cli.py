@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         program, config = parse(sys.argv[1:] if argv is None else argv)
         world = launch.open_world()
     except Unavailable as error:
-        launch.end_unstarted(error.code, lambda: _say(error))
+        launch.end_unstarted(error.code, _say, error)
     except HpcmlpError as error:
         if launch.launcher_rank() == 0:
             _say(error)

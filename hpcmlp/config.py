@@ -32,7 +32,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lamb", "lars")
 SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
 INITIALIZERS = ("auto", "he", "he_normal", "he_uniform", "glorot", "glorot_normal", "glorot_uniform", "lecun",
                 "lecun_normal", "lecun_uniform", "torch")
-SYNCS = ("auto", "shared", "ring", "native")
+SYNCS = ("auto", "shared", "ring", "native", "server")
 WIRES = ("float32", "bf16", "float16", "int8")
 DEVICES = ("cpu", "gpu")
 SPLITS = ("train", "val", "test")
@@ -148,10 +148,20 @@ class TrainConfig:
     # how it runs
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
-                       "nodes), ring, or native (the MPI library's own); auto: shared where ranks share a node")
+                       "nodes), ring, native (the MPI library's own), or server (parameters on servers); auto: shared "
+                       "where ranks share a node")
+    servers: int | None = option(None, kind=int, low=1, help="--sync server: ranks that hold the parameters; when "
+                                 "fewer than all they do nothing else (default: 1)")
+    staleness: str | None = option(None, help="--sync server: steps that parameters may change between a worker's pull "
+                                   "and its push; 0: all workers in step; 'async': any number (default: 0)",
+                                   metavar="STEPS")
+    staleness_lr: bool = option(False, help="--staleness above 0: divide a push by its staleness")
+    worker_timeout: float | None = option(None, kind=float, above=0.0, help="--staleness above 0: go on without a "
+                                          "worker that has given no sign for so long (default: 60)",
+                                          metavar="SECONDS")
     wire: str = option("float32", choices=WIRES, help="numbers that the ring sends gradients and parameters in, "
-                       "between nodes (auto, shared) or between all ranks (ring); what is rounded away is in the next message; "
-                       "not with --sync native")
+                       "between nodes (auto, shared) or between all ranks (ring); what is rounded away is in the next "
+                       "message; not with --sync native")
     full_update: bool = option(False, help="update all parameters on every rank after a whole all-reduce (the plain "
                                "form, for comparison)")
     local_steps: int = option(1, low=1, metavar="K", help="steps that every rank takes by itself, on its share of the "
@@ -241,6 +251,8 @@ class BenchConfig:
     global_batch_size: int = option(128, low=1, help="samples of one step over all ranks (step, gemm, io)")
     steps: int = option(200, low=5, help="timed steps; of comm the most calls per size, of io batches per stage")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined (step)")
+    servers: int | None = option(None, kind=int, low=1, help="ranks that hold the parameters, with --sync server "
+                                 "(step; default: 1)")
     wire: str = option("float32", choices=WIRES, help="numbers that the ring sends (step)")
     overlap: bool | None = option(None, kind=bool, help="messages travel while the ranks compute (step; default: "
                                   "between nodes)")

@@ -93,8 +93,8 @@ def open_world() -> World:
                  levels[MPI.Query_thread()])
 
 
-def end_unstarted(code: int, say: Any) -> NoReturn:
-    """End every rank of the job with `code` before MPI has started on this one; `say()` tells why, once a node.
+def end_unstarted(code: int, say: Any, error: Exception) -> NoReturn:
+    """End every rank of the job with `code` before MPI has started on this one; `say(error)` tells why, once a node.
 
     Local: for what only some nodes find. The ranks of the others wait inside MPI_Init, and MPICH's launcher would let
     them wait although ranks have left, so it is told as MPI_Abort tells it (PMI-1's abort).
@@ -102,7 +102,7 @@ def end_unstarted(code: int, say: Any) -> NoReturn:
     if not _first_of_node(os.environ):
         import time
         time.sleep(2.0)     # ended by the first of the node, unless that one did not find what we found
-    say()
+    say(error)
     if os.environ.get("PMI_FD", "").isdigit():
         _wait_until_read()
         os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={code}\n".encode())
@@ -297,7 +297,8 @@ def _fit_node_memory(ranks: int) -> None:
     # It is the first rank of a node that makes the queues; others may come here when some of the memory is in use.
     if (free < needed) if _first_of_node(os.environ) else not node_memory.writable():
         raise Unavailable(f"{os.uname().nodename}: MPICH needs {needed / 1e6:.1f} MB of shared memory for {ranks} "
-                          f"rank{'s' * (ranks > 1)}, and /dev/shm has {free / 1e6:.1f} MB free; {node_memory.advice()}.")
+                          f"rank{'s' * (ranks > 1)}, and /dev/shm has {free / 1e6:.1f} MB free; "
+                          f"{node_memory.advice()}.")
 
 
 def _launcher_cores() -> set[int]:

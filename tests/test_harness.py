@@ -30,7 +30,7 @@ def planted(tmp_path, run_ranks):
         (tmp_path / "test_planted.py").write_text(PLANTED.format(body=body))
         start = time.monotonic()
         result = run_ranks(2, "-m", "pytest", "-c", REPOSITORY / "pyproject.toml", "--rootdir", tmp_path, "--only-mpi",
-                           "-p", "no:cacheprovider", *options, tmp_path, timeout=60, cwd=tmp_path,
+                           "-p", "no:cacheprovider", "--color=no", *options, tmp_path, timeout=60, cwd=tmp_path,
                            env={"HPCMLP_TEST_PATIENCE": "1"})
         return result, time.monotonic() - start
     return run

@@ -18,11 +18,11 @@ LAYERS = [("errors",), ("node_memory",), ("launch",), ("ops",), ("nn", "comm", "
 INSIDE = {
     "ops": "counter activations losses plain blocked _fused host device ops",
     "nn": "nn layout losses network initializers optimizers schedules metrics auc",
-    "comm": "exact_sum messages topology agreement ring wire ring_wire native shared comm",
+    "comm": "exact_sum messages topology agreement ring wire ring_wire native shared served post comm",
     "data": "data files guard layouts tables csv_numbers manifest order arrays csv_reader hdf5_reader idx_reader "
             "npz_reader parquet_reader readers row_file splits statistics download sources targets preprocess cleaning "
             "selection summary shards describe samples resident streamed loader",
-    "sync": "buckets control strategy narrow overlap sync step local",
+    "sync": "buckets control strategy narrow overlap sync step local ledger storage tasks server",
     "run": "run faults signals checkpoint directory coordinator session roc evaluation curves trace timeline io_rates",
     "programs": "programs prepare train evaluate predict inspect report bench",
 }

@@ -45,8 +45,9 @@ class Bench:
         args = self.args
         program = Path(__file__).with_name("ddp_step.py")
         with tempfile.TemporaryDirectory() as folder:
-            words = [*args.through, args.peer_python, program, "--ranks", args.hosts, "--meeting", f"{folder}/meeting", "--sizes",
-                     args.sizes, "--global-batch-size", args.global_batch_size, "--steps", args.steps, *options]
+            words = [*args.through, args.peer_python, program, "--ranks", args.hosts, "--meeting", f"{folder}/meeting",
+                     "--sizes", args.sizes, "--global-batch-size", args.global_batch_size, "--steps", args.steps,
+                     *options]
             return self._run(["bash", "-c", self._everywhere(lambda k: f"{' '.join(map(str, words))} --rank {k}")])
 
     def _bench(self, batch: int) -> list[str]:

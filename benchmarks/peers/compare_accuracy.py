@@ -40,7 +40,7 @@ def options(recipe: dict, seed: int, epochs: int | None) -> list[str]:
 def run_ours(name: str, data: Path, seed: int, args: argparse.Namespace) -> dict:
     """Train with hpcmlp and return the figures of the last state on the test rows."""
     out = args.work / f"run-{name}-{args.ranks}-{seed}-{time.time_ns()}"
-    hpcmlp = [args.mpiexec, "-n", str(args.ranks), sys.executable, "-m", "hpcmlp"]
+    hpcmlp = [*args.mpiexec.split(), "-n", str(args.ranks), sys.executable, "-m", "hpcmlp"]
     begin = time.perf_counter()
     train = [*hpcmlp, "train", "--data", str(data), "--out", str(out), "--optimizer", "adam", "--schedule", "cosine",
              "--initializer", args.initializer, "--no-progress", *options(RECIPES[name], seed, args.epochs)]

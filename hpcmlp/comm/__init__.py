@@ -11,7 +11,7 @@ from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
 
-COLLECTIVES = ("ring", "shared", "native")
+COLLECTIVES = ("ring", "shared", "native")    # those that need no further choice
 
 
 def make_collective(name: str, topology: Topology) -> Any:
@@ -63,22 +63,26 @@ def check_wire(sync: str, wire: str) -> None:
 
     Only our ring does the additions itself: MPI's operations take float32.
     """
-    if wire != "float32" and sync == "native":
+    if wire != "float32" and sync in ("native", "server"):
         raise ConfigError(f"--wire {wire} has no effect with --sync {sync}: only our own ring sends narrow numbers; "
                           "give --sync auto, shared or ring, or use --wire float32.")
 
 
 def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False,
-                  wire: str = "float32") -> Exchange:
+                  wire: str = "float32", servers: int = 1) -> Exchange:
     """Return collectives and zeroed flat vectors of `size` elements.
 
     Collective over `topology.comm`. `name` may be "auto": node memory where several ranks share a node, else the ring.
     Where node memory is not to be had the ring is taken. A `wire` other than "float32" is that of the ring, between
     nodes or between all ranks; where there are no messages between ranks it is float32 after all, so that one
     configuration serves one node and many. `note` says so. Raises ConfigError for an unknown name, or a wire with
-    "native".
+    "native" or "server". `servers` counts for "server" alone.
     """
     check_wire(name, wire)
+    if name == "server":
+        from hpcmlp.comm.served import Served  # few runs want it
+        collective = Served(topology.comm, servers)
+        return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), wire)
     note = ""
     if name == "shared" or (name == "auto" and topology.size > topology.num_nodes):
         narrow, shared = wire if topology.num_nodes > 1 else "float32", None

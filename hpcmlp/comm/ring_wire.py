@@ -13,9 +13,9 @@ that is skipped takes the residuals of its own call along. Only the sum of the r
 it for a checkpoint and leaves it with the rank before the owner, so that a run that goes on and one that resumes from
 the checkpoint, at the same rank count, hold the same.
 
-`gather_towards` is the narrow second half: the owner of a part holds its master; it sends master - array, encoded, and
-every rank, the owner too, adds the decoded difference to its array. Arrays stay float32 with the same bits on all
-ranks, and what was rounded away is in the next difference: an element is never further from its master than one
+`gather_towards` is the narrow second half: the owner of a part holds its master; it sends master - replica, encoded,
+and every rank, the owner too, adds the decoded difference to its replica. Replicas stay float32 with the same bits on
+all ranks, and what was rounded away is in the next difference: an element is never further from its master than one
 rounding of its last way. (P. Richtarik et al., "EF21", NeurIPS 2021; the sending owner is the server of H. Tang et
 al., "DoubleSqueeze", ICML 2019.)
 
@@ -63,30 +63,31 @@ class WireRing(Ring):
             return super()._reduce_plan(array, bounds, words)
         return self._plan(_NarrowReduceScatter, array, bounds, 0 if words is None else words.size)
 
-    def gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> None:
-        """Move every part of `array` towards its owner's `master`, alike on all ranks, by a rounded difference.
+    def gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> None:
+        """Move every part towards what its owner has in its place, alike on all ranks, by a rounded difference.
 
         Collective over `comm`.
 
         Parameters
         ----------
-        array : float32, contiguous, with the same bits on all ranks before and after.
+        array : float32, contiguous. Before, this rank's part holds its master, other parts the replica that all ranks
+            have; after, all parts hold the moved replica, with the same bits on all ranks.
         bounds : (size+1,) ascending element offsets, the same on all ranks; parts may be empty.
-        master : float32, contiguous, as long as this rank's part: what it should become.
+        kept : float32, contiguous, as long as this rank's part: before, its replica; after, its master.
         """
         if self.size == 1:
-            np.copyto(array[int(bounds[0]):int(bounds[1])], master)
+            np.copyto(kept, array[int(bounds[0]):int(bounds[1])])
         else:
-            self._run(self._plan(_NarrowAllGather, array, bounds, 0), master)
+            self._run(self._plan(_NarrowAllGather, array, bounds, 0), kept)
 
-    def start_gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> Any:
-        """Start a `gather_towards` and return it at once: `wait()` it, and leave `master` alone until then.
+    def start_gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> Any:
+        """Start a `gather_towards` and return it at once: `wait()` it, and leave `kept` alone until then.
 
         Collective over `comm`, as `start_reduce_scatter`.
         """
         if self.size == 1:
-            self.gather_towards(array, bounds, master)
-        return self._start(self._plan(_NarrowAllGather, array, bounds, 0) if self.size > 1 else None, master)
+            self.gather_towards(array, bounds, kept)
+        return self._start(self._plan(_NarrowAllGather, array, bounds, 0) if self.size > 1 else None, kept)
 
     def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
         """Write into `out` what all ranks' reductions of `array` still owe it, and keep that as `put_residual` does.
@@ -230,10 +231,10 @@ class _NarrowAllGather(_Plan):
         self._posted = self._receives
         self._sent = _All(self.sends)
 
-    def steps(self, master: np.ndarray) -> Iterator[Any]:
-        for (own, data, send), target in zip(self._own, pieces(master, self._segment_bytes), strict=True):
+    def steps(self, kept: np.ndarray) -> Iterator[Any]:
+        for (own, data, send), replica in zip(self._own, pieces(kept, self._segment_bytes), strict=True):
             with quiet():
-                self._wire.towards(own, target, data)
+                self._wire.towards(own, replica, data)
             send.Start()
         for receive, values, data, send, last_hop in self._others:
             self.all_started = last_hop

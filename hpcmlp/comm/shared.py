@@ -112,8 +112,8 @@ class Shared:
         window = _Window(self.node, num_bytes, common)
         missing = window.fill()
         try:
-            self._agree(f"another program took {missing / 2**20:.1f} of {needed / 2**20:.1f} MiB in /dev/shm while they "
-                        f"were allocated; {node_memory.advice()}" if missing else "")
+            self._agree(f"another program took {missing / 2**20:.1f} of {needed / 2**20:.1f} MiB in /dev/shm while "
+                        f"they were allocated; {node_memory.advice()}" if missing else "")
         except SharedUnavailable:
             window.free()
             raise
@@ -193,26 +193,26 @@ class Shared:
         plan = self._plan(window, array, bounds)
         return _Later(self._cross.start_all_gather(plan[2], plan[3]), lambda: self._spread(window, plan))
 
-    def start_gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> Any:
+    def start_gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> Any:
         """Start a `gather_towards` and return it, as `start_all_gather`. Collective over the ranks."""
         window = self._window_of(array)
         plan = self._plan(window, array, bounds)
-        return _Later(self._cross.start_gather_towards(plan[2], plan[3], master), lambda: self._spread(window, plan))
+        return _Later(self._cross.start_gather_towards(plan[2], plan[3], kept), lambda: self._spread(window, plan))
 
     def advance(self) -> bool:
         """Take what was started as far as it goes without waiting; return whether nothing is under way. Local."""
         on_ring = self._ring is None or self._ring.advance()
         return self._cross.advance() and on_ring
 
-    def gather_towards(self, array: np.ndarray, bounds: Bounds, master: np.ndarray) -> None:
-        """Move every part of `array` towards its owner's `master`, as `WireRing.gather_towards` does between the nodes.
+    def gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> None:
+        """Move every part towards what its owner has in its place, as `WireRing.gather_towards` between the nodes.
 
         Collective over the ranks. Only with a narrow ring between nodes, and for arrays made here.
         """
         window = self._window_of(array)
         plan = self._plan(window, array, bounds)
         _, _, share, inner = plan
-        self._cross.gather_towards(share, inner, master)
+        self._cross.gather_towards(share, inner, kept)
         self._spread(window, plan)
 
     def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:

@@ -1,8 +1,8 @@
 """Narrow numbers for the wire: contiguous float32 values into preallocated bytes and back.
 
 Every format has five actions: encode, decode, add (decode and add), and two that round with nothing lost. `round`
-keeps what the bytes leave of a number for the next call; `towards` moves a number by what the bytes hold of its way to
-a target, so that the next call sends what is left of the way.
+keeps what the bytes leave of a number for the next call; `towards` moves a replica of a number by what the bytes hold
+of its way to the number, so that the next call sends what is left of the way.
 
 bf16: the upper half of a float32, rounded to nearest, ties to even: 8 significant bits, the range of float32. float16:
 IEEE half precision, 11 significant bits; finite numbers beyond 65,504 become 65,504, below 2**-14 the steps are 2**-24.
@@ -65,15 +65,18 @@ class _Plain:
         if not np.isfinite(rest.sum()):
             rest[~np.isfinite(rest)] = 0
 
-    def towards(self, values: np.ndarray, target: np.ndarray, out: np.ndarray) -> None:
-        """Encode `target - values` into `out` and add what it holds to `values`. Local.
+    def towards(self, values: np.ndarray, replica: np.ndarray, out: np.ndarray) -> None:
+        """Encode `values - replica` into `out`; `values` become the replica plus what `out` holds, and that `values`.
 
-        `values`, `target` (n,) float32.
+        Local. `values`, `replica` (n,) float32 change places, so that no further pass has to do it.
         """
         moved = self._decoded[:values.size]
-        np.subtract(target, values, moved)
+        np.subtract(values, replica, moved)
         self.encode(moved, out)
-        self.add(out, values)
+        self.decode(out, moved)
+        np.add(replica, moved, moved)
+        np.copyto(replica, values)
+        np.copyto(values, moved)
 
 
 class Bf16(_Plain):
@@ -212,9 +215,9 @@ class Fused:
         """Encode `values + rest`, which stays in `values`, into `out`, and keep in `rest` what is left. Local."""
         _fused.wire(ROUND, self._kind, out, values, rest)
 
-    def towards(self, values: np.ndarray, target: np.ndarray, out: np.ndarray) -> None:
-        """Encode `target - values` into `out` and add what it holds to `values`. Local."""
-        _fused.wire(TOWARDS, self._kind, out, values, target)
+    def towards(self, values: np.ndarray, replica: np.ndarray, out: np.ndarray) -> None:
+        """Encode `values - replica` into `out`, move the replica by it, and let the two change places. Local."""
+        _fused.wire(TOWARDS, self._kind, out, values, replica)
 
 
 FORMATS = {"bf16": Bf16, "float16": Float16, "int8": Int8}  # in the order of the enum in _fused.c

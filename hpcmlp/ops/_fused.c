@@ -581,7 +581,7 @@ METHOD(ema)
 
 static Index wire_bytes(int kind, Index n) { return kind == INT8 ? (n + WIRE_TILE - 1) / WIRE_TILE * 4 + n : 2 * n; }
 
-/* wire(action, kind, data, values, other): ROUND and TOWARDS need other, the rest or the target of each value */
+/* wire(action, kind, data, values, other): ROUND and TOWARDS need other, the rest or the replica of each value */
 METHOD(wire)
 {
     BEGIN("wire", 5)
@@ -589,11 +589,11 @@ METHOD(wire)
     int reads = action == DECODE || action == ADD, two = action == ROUND || action == TOWARDS;
     Array *data = take(&all, args[2], "B", 1, reads ? READ : WRITE);
     Array *values = take(&all, args[3], "f", 1, action == ENCODE ? READ : WRITE);
-    Array *other = take(&all, args[4], "f", 1, action == ROUND ? WRITE | OPTIONAL : OPTIONAL);
+    Array *other = take(&all, args[4], "f", 1, two ? WRITE : OPTIONAL);
     if (!all.failed && (data->size != wire_bytes(kind, values->size) || (uintptr_t)data->data % 2))
         refuse(&all, "data must lie at an even address and hold exactly the bytes of the values");
     if (!all.failed && (two != (other->data != NULL) || (two && other->size != values->size)))
-        refuse(&all, "rests or targets must be as many as the values");
+        refuse(&all, "rests or replicas must be as many as the values");
     if (!all.failed) {
         PyThreadState *state = values->size > LONG ? PyEval_SaveThread() : NULL;
         kernels->wire(action, kind, (uint8_t *)data->data, (float *)values->data, (float *)other->data, values->size);

@@ -133,14 +133,14 @@ static void NAME(round_tile)(int kind, float *own, float *rest, uint8_t *data, u
           rest[j] = (size >= 0x00800000) & (size < 0x7F800000) ? left : 0.0f)
 }
 
-/* data = target - own; own += data */
-static void NAME(towards_tile)(int kind, float *own, const float *target, uint8_t *data, uint8_t *scale, Index n)
+/* data = own - replica; then own = replica + data, and replica = what own was */
+static void NAME(towards_tile)(int kind, float *own, float *replica, uint8_t *data, uint8_t *scale, Index n)
 {
     float moved[WIRE_TILE];
-    LOOPS(moved[j] = target[j] - own[j])
+    LOOPS(moved[j] = own[j] - replica[j])
     NAME(narrow)(kind, moved, data, scale, n);
     NAME(widen)(kind, data, scale, moved, n);
-    LOOPS(own[j] += moved[j])
+    LOOPS(float master = own[j]; own[j] = replica[j] + moved[j]; replica[j] = master)
 }
 
 static void NAME(wire)(int action, int kind, uint8_t *data, float *values, float *other, Index size)

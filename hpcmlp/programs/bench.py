@@ -19,12 +19,12 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
-from hpcmlp.sync import make_strategy, plan
+from hpcmlp.sync import Plan, make_strategy, plan
 from hpcmlp.sync.step import Step, hidden_share
 
 ROWS = 8192  # made-up samples a rank draws its batches from
 ACTS_ON = {"sizes": ("step", "gemm"), "global_batch_size": ("step", "gemm", "io"), "sync": ("step",),
-           "wire": ("step",), "overlap": ("step",), "bucket_mb": ("step",), "optimizer": ("step",),
+           "servers": ("step",), "wire": ("step",), "overlap": ("step",), "bucket_mb": ("step",), "optimizer": ("step",),
            "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
 COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 
@@ -32,7 +32,7 @@ COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 def main(config: BenchConfig, comm: Any) -> int:
     """Time what `config` names. Collective over `comm`; returns 0, or raises HpcmlpError."""
     with agreed(comm):
-        _check(config)
+        _check(config, comm.size)
     topology = Topology(comm)
     timers = {"step": time_step, "comm": time_comm, "gemm": time_gemm, "io": time_io}
     result = timers[config.what](config, topology)
@@ -42,7 +42,7 @@ def main(config: BenchConfig, comm: Any) -> int:
     return 0
 
 
-def _check(config: BenchConfig) -> None:
+def _check(config: BenchConfig, size: int) -> None:
     """Raise ConfigError for what cannot be timed and for an option that would have no effect."""
     for name, whats in ACTS_ON.items():
         if config.what not in whats and getattr(config, name) != BenchConfig.__dataclass_fields__[name].default:
@@ -50,6 +50,9 @@ def _check(config: BenchConfig) -> None:
                               f"{' and '.join(whats)}.")
     if config.what == "step":
         check_wire(config.sync, config.wire)
+        if config.servers is not None and (config.sync != "server" or config.servers > size):
+            raise ConfigError(f"--servers {config.servers} has no effect with --sync {config.sync} on {size} ranks; it "
+                              "belongs to --sync server with at least as many ranks.")
         if config.overlap and config.sync == "native":
             raise ConfigError("--overlap has no effect with --sync native, which sends nothing while it computes; "
                               "leave one out.")
@@ -65,13 +68,23 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     Collective.
     """
     rank, size, batch_rows = topology.rank, topology.size, config.global_batch_size
-    rows = (rank + 1) * batch_rows // size - rank * batch_rows // size
+    roles = None
+    if config.sync == "server":
+        from hpcmlp.comm.served import Roles
+        roles = Roles(config.servers or 1, size)
+    number, count = (rank, size) if roles is None else roles.share(rank) or (0, batch_rows + 1)
+    rows = (number + 1) * batch_rows // count - number * batch_rows // count
     ops = open_ops(config.device, topology.local_rank)
     spec = NetworkSpec(tuple(config.sizes))
     layout = spec.layout()
-    exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire)
+    exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire,
+                             servers=config.servers or 1)
     on_host = config.device == "cpu"
-    planned = plan(spec, exchange.collective, size, topology.num_nodes, config.bucket_mb, config.overlap)
+    if roles is not None:
+        from hpcmlp.sync.storage import one_bucket
+        planned = Plan(one_bucket(layout.size, roles), None, False, 0.0)
+    else:
+        planned = plan(spec, exchange.collective, size, topology.num_nodes, config.bucket_mb, config.overlap)
     network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
                       exchange.grads if on_host else None, piece=planned.piece)
     ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)

@@ -18,7 +18,8 @@ from hpcmlp.run.directory import to_json
 
 _BLOCK_BYTES = 1 << 23
 _LOG_LIMIT_BYTES = 1 << 30
-_META_SHOWN = ("step", "network", "loss", "data", "dataset_digest", "progress", "best", "versions")
+_META_SHOWN = ("step", "network", "loss", "data", "dataset_digest", "progress", "best", "versions",
+               "server")
 
 
 def main(config: InspectConfig, comm: Any) -> int:
@@ -259,6 +260,18 @@ def _about_run(found: dict[str, Any]) -> list[str]:
         meta = metas[0]
         lines.append(f"step {meta.get('step')}, network {meta.get('network', {}).get('sizes')}")
         lines.append(f"trained on {meta.get('data')}")
+        lines += _about_servers(meta.get("server"))
     elif not found["names"]:
         lines.append("no checkpoint yet")
     return lines
+
+
+def _about_servers(told: dict[str, Any] | None) -> list[str]:
+    """Return a line per server of a run with --sync server: its slice, version and bytes; nothing for other runs."""
+    if not told:
+        return []
+    workers = told["workers"]
+    lines = [f"{told['servers']} server(s), staleness {told['staleness']}; samples are loaded and gradients made by "
+             f"ranks {workers[0]} to {workers[-1]}"]
+    return lines + [f"rank {s['rank']} stores elements {s['start']:,} to {s['stop']:,} at version {s['version']}: "
+                    f"{s['bytes']:,} bytes, {s['optimizer_bytes']:,} of optimizer state" for s in told["slices"]]

@@ -28,7 +28,25 @@ def main(config: ReportConfig, comm: Any) -> int:
                 print(_drawn(timeline.draw(ranks, directory / "timeline.png"), directory / "timeline.png"))
             elif traces:
                 print(f"timelines are drawn of one run at a time: {', '.join(map(str, traces))}")
+            for line in served(config.runs):
+                print(line)
     return 0
+
+
+def served(runs: tuple[str, ...]) -> list[str]:
+    """Return the lines that tell what the servers of runs with --sync server did, over all epochs. Local."""
+    import json
+    lines = []
+    for run in runs:
+        try:
+            text = Path(run, "metrics.jsonl").read_text(encoding="utf-8")
+        except OSError:
+            continue    # the picture's own message says so
+        told = [json.loads(line) for line in text.splitlines() if '"kind": "server"' in line]
+        if told:
+            from hpcmlp.sync.storage import add_reports, report_table
+            lines += [f"{run}:", *report_table(add_reports(told))]
+    return lines
 
 
 def _directory(config: ReportConfig) -> Path:

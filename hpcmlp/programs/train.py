@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -19,7 +20,8 @@ from hpcmlp.config import TrainConfig, flag, to_toml
 from hpcmlp.data.loader import Loader
 from hpcmlp.data.manifest import Manifest
 from hpcmlp.data.samples import available_bytes
-from hpcmlp.errors import ConfigError, DataError, RunFailed, StoppedAndSaved, Unavailable
+from hpcmlp.errors import ConfigError, DataError, HpcmlpError, RunFailed, StoppedAndSaved, Unavailable
+from hpcmlp.launch import end_all
 from hpcmlp.nn.losses import Loss, balanced_class_weights, default_loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
@@ -29,17 +31,22 @@ from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import Console, check_alike, epoch_line, header, open_dataset, replica_error, versions
 from hpcmlp.run.session import Session
 from hpcmlp.run.signals import StopFlag
-from hpcmlp.sync import make_strategy, plan
+from hpcmlp.sync import Plan, make_strategy, plan
+from hpcmlp.sync.buckets import Bucket
+from hpcmlp.sync.control import ControlWords
 from hpcmlp.sync.step import Step, StepResult, hidden_share
 
 # Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps"}
+                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps",
+                  "servers", "staleness", "staleness_lr", "worker_timeout"}
+SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 DEFAULT_EPOCHS = 10
 EVALUATION_ROWS = 1024
 LAST_STEPS = 10_000  # whose times give the median step of the summary
+LOST_TAG = 21    # of the communicator that survivors make
 MOST_SKIPS = 10  # consecutive updates skipped for numbers that are not finite
 HIGHER_IS_BETTER = ("accuracy", "label_accuracy", "subset_accuracy", "top", "auc", "f1", "precision", "recall", "r2")
 
@@ -49,9 +56,9 @@ def main(config: TrainConfig, comm: Any) -> int:
     topology = Topology(comm)
     manifest = open_dataset(comm, config.data)
     with agreed(comm):
-        check_fits(config, manifest)
+        check_fits(config, manifest, comm.size)
     check_alike(comm, {**asdict(config), **versions()})
-    directory = None
+    directory = training = None
     with agreed(comm):
         if comm.rank == 0:
             from hpcmlp.run.directory import RunDirectory  # imports cost file-system calls: only where needed
@@ -59,19 +66,29 @@ def main(config: TrainConfig, comm: Any) -> int:
     try:
         # Whether numbers are finite is decided from the control words; NumPy's warnings would only add noise.
         with np.errstate(all="ignore"):
-            return Training(config, topology, manifest, directory).run()
+            training = Training(config, topology, manifest, directory)
+            return training.run()
     finally:
         if directory is not None:
             directory.release()
+        if training is not None:
+            training.end_without_lost(comm)
         topology.free()
 
 
-def check_fits(config: TrainConfig, manifest: Manifest) -> None:
-    """Raise ConfigError or DataError when the options cannot work with the data set. Local."""
+def check_fits(config: TrainConfig, manifest: Manifest, size: int) -> None:
+    """Raise ConfigError or DataError when the options cannot work with the data set or on `size` ranks. Local."""
     if config.epochs is not None and config.steps is not None:
         raise ConfigError("both --epochs and --steps are given; give one of them.")
     check_wire(config.sync, config.wire)
-    alone = {"--sync native": config.sync == "native", "--full-update": config.full_update,
+    if config.sync == "server":
+        from hpcmlp.sync.server import check_options  # few runs want it
+        check_options(config, size)
+    else:
+        for name in SERVER_OPTIONS:
+            if getattr(config, name) not in (None, False):
+                raise ConfigError(f"{flag(name)} has no effect with --sync {config.sync}; it belongs to --sync server.")
+    alone = {f"--sync {config.sync}": config.sync in ("native", "server"), "--full-update": config.full_update,
              "--local-steps": config.local_steps > 1, "--outer-optimizer": config.outer_optimizer != "none"}
     odd = [name for name, given in alone.items() if given]
     if config.overlap and odd:
@@ -145,6 +162,13 @@ class Training:
         self.config, self.topology, self.comm, self.manifest = config, topology, topology.comm, manifest
         self.directory = directory
         self.console = Console(topology.rank == 0, config.progress)
+        self.roles: Any = None          # --sync server: who serves, who works
+        self.apart: Any = None          # and, out of step, this rank's side of it
+        self.served: list[dict[str, Any]] = []  # what they did, epoch by epoch (rank 0)
+        self.lost = False               # whether a rank was lost, which no call may wait for
+        if config.sync == "server":
+            from hpcmlp.comm.served import Roles
+            self.roles = Roles(config.servers or 1, topology.size)
         with agreed(self.comm):
             self.loader = self._loader("train")
             self.val = self._loader("val") if manifest.rows("val") else None
@@ -181,7 +205,12 @@ class Training:
         owners = 1 if self.config.full_update or self.local else t.size
         # params, grads, moments, best; with local steps also where the ranks last met, and its momentum
         vectors = flat * (2 + moments / owners + (self.manifest.rows("val") > 0) + 2 * self.local)
-        if self.config.wire != "float32" and t.size > 1:
+        if self.roles is not None and t.rank < self.roles.servers:
+            # Slices of moments, and of what every worker sends and gets out of step.
+            vectors += flat * (moments / self.roles.servers - moments / owners)
+            if self.config.staleness not in (None, "0"):
+                vectors += 2 * flat * len(self.roles.workers) / self.roles.servers
+        if self.config.wire != "float32" and (t.num_nodes > 1 or self.config.sync == "ring"):
             vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
         rows = -(-self.loader.local_rows_max // self.config.accumulate)
         needed = int(vectors + 8 * rows * sum(sizes))
@@ -195,9 +224,19 @@ class Training:
     def _loader(self, split: str) -> Loader:
         c = self.config
         limit = None if c.memory_limit is None else int(c.memory_limit * 2**20)
-        return Loader(c.data, self.manifest, split, self.topology.rank, self.topology.size,
-                      c.global_batch_size if split == "train" else None, seed=c.seed, memory_limit=limit,
-                      verify=c.verify)
+        place = self.topology.rank, self.topology.size
+        if self.roles is not None and split == "train":
+            from hpcmlp.sync.server import read_staleness
+            from hpcmlp.sync.tasks import Idle, Tasks
+            place = self.roles.share(self.topology.rank)
+            if place is None:
+                return Idle(self.manifest, c.global_batch_size)
+            if read_staleness(c.staleness):
+                place, slots = (0, 1), place[1]
+                return Tasks(Loader(c.data, self.manifest, split, 0, 1, c.global_batch_size, seed=c.seed,
+                                    memory_limit=limit, verify=c.verify), slots)
+        return Loader(c.data, self.manifest, split, *place, c.global_batch_size if split == "train" else None,
+                      seed=c.seed, memory_limit=limit, verify=c.verify)
 
     def _schedule(self) -> Schedule:
         c = self.config
@@ -212,10 +251,9 @@ class Training:
         rows = max(-(-self.loader.local_rows_max // c.accumulate), min(EVALUATION_ROWS, m.rows("val")))
         layout = self.spec.layout()
         self.exchange = open_exchange(c.sync, topology, layout.size, np.float32, own_params=c.full_update,
-                                      wire=c.wire)
+                                      wire=c.wire, servers=c.servers or 1)
         on_host = c.device == "cpu"
-        self.plan = plan(self.spec, self.exchange.collective, topology.size, topology.num_nodes, c.bucket_mb,
-                         False if c.full_update or self.local else c.overlap)
+        self.plan = self._plan_buckets(layout.size)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
                                self.exchange.grads if on_host else None, piece=self.plan.piece)
         ops.from_host(self._initial_parameters(), self.network.params)
@@ -242,12 +280,37 @@ class Training:
             self.step = Step(*parts, **options)
         self.session = Session(self.comm, self.network, self.strategy, optimizer, average,
                                self.step if self.local else None)
+        self._plan_apart()
 
     def _meets(self, number: int) -> bool:
         """Whether local steps end a round with step `number`: decided from facts that all ranks hold."""
         c, t = self.config, number % self.steps_per_epoch
         return ((t + 1) % c.local_steps == 0 or t == self.steps_per_epoch - 1 or number + 1 == self.total_steps
                 or (number + 1) % (c.checkpoint_every or self.steps_per_epoch) == 0)
+
+    def _plan_buckets(self, size: int) -> Plan:
+        c, t = self.config, self.topology
+        if self.roles is None:
+            return plan(self.spec, self.exchange.collective, t.size, t.num_nodes, c.bucket_mb,
+                        False if c.full_update or self.local else c.overlap)
+        return Plan(self._server_buckets(size), None, False, 4 * size / 2**20)
+
+    def _server_buckets(self, size: int) -> list[Bucket]:
+        from hpcmlp.sync.storage import one_bucket
+        return one_bucket(size, self.roles)
+
+    def _plan_apart(self) -> None:
+        """Prepare what workers and servers send each other out of step, where that is asked for."""
+        c = self.config
+        if self.roles is None:
+            return
+        from hpcmlp.sync.server import DEFAULT_TIMEOUT_S, Apart, read_staleness
+        staleness = read_staleness(c.staleness)
+        if staleness:
+            self.apart = Apart(self.comm, self.roles, self.step,
+                               self.loader if self.topology.rank in self.roles.workers else None,
+                               staleness=staleness, staleness_lr=c.staleness_lr, learning_rate=self.schedule.lr,
+                               timeout_s=c.worker_timeout or DEFAULT_TIMEOUT_S)
 
     def _on_device(self, values: list[float] | None) -> Any:
         """Return float32 `values` where the arithmetic runs."""
@@ -272,6 +335,7 @@ class Training:
     def run(self) -> int:
         """Run from the start or the newest checkpoint to the end; return the exit code 0."""
         self._started = time.monotonic()
+        self._reported = 0
         restored = self._restore() if self.config.resume else False
         self._open(restored)
         # Rank 0's clock alone counts; the control words tell the others.
@@ -299,7 +363,7 @@ class Training:
         return found
 
     def _open(self, restored: bool) -> None:
-        step = self.session.progress.step
+        step = self._reported = self.session.progress.step
         with agreed(self.comm):
             if self.directory is not None:
                 self.directory.open_log(step if restored else None)
@@ -326,8 +390,7 @@ class Training:
                           f"thread(s) for rank 0"),
                 ("MPI", f"{width}, sync {self.exchange.name}"
                         f"{f', {self.exchange.wire} on the wire' if self.exchange.wire != 'float32' else ''}"
-                        f"{', whole update' if c.full_update else ''}"
-                        f"{self._overlap_text()}"),
+                        f"{', whole update' if c.full_update else ''}{self._overlap_text()}{self._about_servers()}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
                                        if c.device == "cpu" else "")),
                 ("data", f"{m.name}: {rows} rows of {m.num_features} features, {m.task}, {self.loader.mode}"),
@@ -338,6 +401,12 @@ class Training:
                 *([("rounds", f"of up to {c.local_steps} local steps, then {self.step.describe()}")] if self.local
                   else [])]
 
+    def _about_servers(self) -> str:
+        if self.roles is None:
+            return ""
+        what = "dedicated to" if self.roles.dedicated else "that also train, with"
+        return (f", {self.roles.servers} server(s) {what} {len(self.roles.workers)} worker(s), staleness "
+                f"{self.config.staleness or 0}{', learning rate by staleness' if self.config.staleness_lr else ''}")
     def _overlap_text(self) -> str:
         number = len(self.plan.buckets)
         if not self.plan.overlap:
@@ -354,6 +423,9 @@ class Training:
             fault = planned_fault(self.topology.rank)
         if c.trace:
             self._open_trace()
+        if self.apart is not None:
+            self._loop_apart(flag, fault)
+            return
         for number in range(progress.step, self.total_steps):
             if self.trace is not None and self.trace.begin_step(number):
                 self._write_trace()
@@ -361,8 +433,8 @@ class Training:
             epoch, t = divmod(number, self.steps_per_epoch)
             batch = self.loader.batch(epoch, t)
             loaded = time.perf_counter()
-            if fault is not None:
-                fault.strike(number, self.network.params)
+            if fault is not None and fault.strike(number, self.network.params):
+                raise ConfigError("HPCMLP_FAULT act=leave is for workers of --sync server with --staleness above 0.")
             # What is due within a round of local steps waits for its end.
             log |= (number + 1) % c.log_every == 0
             check |= c.replica_check_every > 0 and number % c.replica_check_every == 0
@@ -375,24 +447,115 @@ class Training:
                 continue
             log = check = False
             skips = skips + 1 if result.skipped else 0
-            final = number + 1 == self.total_steps
-            if skips >= (min(MOST_SKIPS, -(-self.steps_per_epoch // c.local_steps)) if final else MOST_SKIPS):
-                raise _alike(RunFailed(f"{skips} {'rounds' if self.local else 'steps'} in a row, the last at step "
-                                       f"{number + 1}, had a loss or gradient that is not finite; lower --lr, add "
-                                       "--warmup-steps or --clip-norm, or check the data."))
-            ended = self._end_epoch(epoch) if t == self.steps_per_epoch - 1 else False
-            last = ended or final
-            every = c.checkpoint_every or self.steps_per_epoch
-            if last or result.stop or (number + 1) % every == 0:
-                self._save()
-            if result.stop and not last:
-                self._write_trace()
-                reason = flag.reason or "a signal on another rank"
-                raise _alike(StoppedAndSaved(f"stopped by {reason} after step {number + 1} of {self.total_steps}; all "
-                                             f"is saved in {c.out}: run the same command with --resume to go on."))
-            if ended:
+            if self._after_step(skips, result.stop, flag):
                 break
         self._write_trace()
+
+    def _after_step(self, skips: int, stop: bool, flag: StopFlag) -> bool:
+        """Do what is due after the step just counted: end of epoch, save, stop; return whether the run ends early."""
+        c, done = self.config, self.session.progress.step
+        final = done == self.total_steps
+        if skips >= (min(MOST_SKIPS, -(-self.steps_per_epoch // c.local_steps)) if final else MOST_SKIPS):
+            raise _alike(RunFailed(f"{skips} {'rounds' if self.local else 'steps'} in a row, the last at step {done}, "
+                                   "had a loss or gradient that is not finite; lower --lr, add --warmup-steps or "
+                                   "--clip-norm, or check the data."))
+        ended = self._end_epoch(done // self.steps_per_epoch - 1) if done % self.steps_per_epoch == 0 else False
+        last = ended or final
+        if last or stop or done % (c.checkpoint_every or self.steps_per_epoch) == 0:
+            self._save()
+        if stop and not last:
+            self._write_trace()
+            reason = flag.reason or "a signal on another rank"
+            raise _alike(StoppedAndSaved(f"stopped by {reason} after step {done} of {self.total_steps}; all is saved "
+                                         f"in {c.out}: run the same command with --resume to go on."))
+        return ended
+
+    def _loop_apart(self, flag: StopFlag, fault: Any) -> None:
+        """The steps of the run in stretches between meetings; inside one every worker goes at its own pace."""
+        c, progress = self.config, self.session.progress
+        every, skips = c.checkpoint_every or self.steps_per_epoch, 0
+
+        def account(number: int, result: StepResult, step_s: float) -> None:
+            self._account(result, number, number // self.steps_per_epoch, 0.0, step_s, (number + 1) % c.log_every == 0)
+
+        def strike(first: int, last: int) -> bool:
+            if fault is None:
+                return False
+            due = fault.step if fault.step is not None and first <= fault.step <= last else last
+            return fault.strike(due, self.network.params)
+
+        def tell(number: int, sentence: str) -> None:
+            self.console.line(f"warning: {sentence}")
+            self._log({"kind": "event", "event": "lost", "step": number, "reason": sentence})
+
+        while progress.step < self.total_steps:
+            begin, start = time.perf_counter(), progress.step
+            stop = min(self.total_steps, *(start // n * n + n for n in (every, self.steps_per_epoch)))
+            came = self.apart.run(start, stop, wants_stop=lambda: flag.poll(self._lead_s()), strike=strike,
+                                  on_step=account, on_loss=tell)
+            if came is None:
+                while True:     # This worker has left: the others go on, and one of them ends the job.
+                    time.sleep(1.0)
+            if self.directory is None:
+                progress.step, progress.skipped = came.version, progress.skipped + came.skipped
+                progress.loss_sum += came.loss
+                progress.weight_sum += came.weight
+                self._epoch_rows, self._epoch_s = self._epoch_rows + came.rows, time.perf_counter() - begin
+            if came.lost:
+                self._go_on_without(came.lost)
+            self.strategy.share()
+            self._check_replicas()
+            skips = came.skips + (skips if came.skips == came.version - start else 0)
+            if self._after_step(skips, came.stop, flag):
+                break
+
+    def _check_replicas(self) -> None:
+        """Compare the parameters of all ranks at a meeting. Collective."""
+        if not self.config.replica_check_every:
+            return
+        words, checksum = ControlWords(self.comm.size), self.ops.checksum(self.network.params)
+        words.put_checksum(checksum)
+        messages.sum_in_place(self.comm, words.array)
+        if not words.replicas_agree:
+            raise replica_error(self.comm, checksum, self.session.progress.step)
+
+    def _go_on_without(self, lost: list[int]) -> None:
+        """Make the survivors a world of their own. Collective over the survivors."""
+        from hpcmlp.comm.served import Roles, Served
+        self.lost = True
+        group = self.comm.group.Incl(self.apart.survivors(lost))
+        self.comm = self.session.comm = self.comm.Create_group(group, LOST_TAG)
+        self.topology = Topology(self.comm)
+        self.roles = Roles(self.roles.servers, self.comm.size)
+        self.exchange.collective = Served(self.comm, self.roles.servers)
+        self.strategy.go_on(self.exchange.collective, self._server_buckets(self.network.layout.size), self.comm.size)
+        self.step.words = ControlWords(self.comm.size)
+        if self.val is not None:
+            self.val = self._loader("val")
+        if not self.roles.dedicated or not len(self.roles.workers):
+            self._save()
+            raise _alike(StoppedAndSaved("every worker was lost; all is saved up to step "
+                                         f"{self.session.progress.step} in {self.config.out}: run the same command "
+                                         "with --resume to go on."))
+        self.apart.go_on(self.comm, self.roles)
+
+    def end_without_lost(self, world: Any) -> None:
+        """End the job where a rank was lost: MPI_Finalize would wait for it for ever. Collective over the survivors.
+
+        Returns only when no rank was lost. The exit code is the one of the exception under way, 0 without one.
+        """
+        if not self.lost:
+            return
+        error = sys.exc_info()[1]
+        messages.barrier(self.comm)
+        if self.topology.rank == 0:
+            if isinstance(error, HpcmlpError):
+                print(f"hpcmlp: {error}", file=sys.stderr)
+            elif error is not None:
+                raise error
+            end_all(world, getattr(error, "code", 0))
+        while True:
+            time.sleep(1.0)
 
     def _lead_s(self) -> float:
         """Seconds before the time limit at which to stop: for the save, and for local steps until the ranks meet."""
@@ -481,11 +644,28 @@ class Training:
         self._log({"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "train_loss": train_loss, "val": val,
                    "samples_per_s": rate, "seconds": dict(self._spent), "hidden": hidden})
         self._spent = dict.fromkeys(self._spent, 0.0)
+        if self.roles is not None:
+            self._report_servers(epoch + 1)
         if c.early_stopping is not None and progress.worse >= c.early_stopping:
             self.console.line(f"stopped early: {self.monitor} has not improved in {progress.worse} validations")
             self._log({"kind": "event", "event": "early stop", "step": progress.step})
             return True
         return False
+
+    def _report_servers(self, epoch: int) -> None:
+        """Log what the servers did since the last report."""
+        from hpcmlp.sync.storage import in_step_report, report_line
+        if self.directory is None:
+            return
+        step = self.session.progress.step
+        if self.apart is not None:
+            report = self.apart.report()
+        else:
+            report = in_step_report(self.exchange.collective, step - self._reported)
+        self._reported = step
+        self.served.append(report)
+        self._log({"kind": "server", "epoch": epoch, "step": step, **report})
+        self.console.line(report_line(report))
 
     def _validate(self) -> dict[str, Any]:
         """Evaluate the validation rows with the usable parameters and keep them when they are the best so far."""
@@ -537,8 +717,16 @@ class Training:
                                                      "target_scale")}
         return {"config": _listed(asdict(self.config)), "network": asdict(self.spec), "loss": self.loss.metadata(),
                 "data": os.path.abspath(self.config.data), "dataset_digest": m.digest(),
-                "versions": versions(),
+                "versions": versions(), **self._storage(),
                 "model": {**model, "preprocessing_digest": m.preprocessing_digest()}}
+
+    def _storage(self) -> dict[str, Any]:
+        """Who stores which slice, for `inspect`."""
+        if self.roles is None:
+            return {}
+        from hpcmlp.sync.storage import describe_slices
+        return {"server": describe_slices(self.network.layout.size, self.roles, len(self.step.optimizer.state),
+                                          self.session.progress.step, self.config.staleness or "0")}
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.directory is not None:
@@ -574,7 +762,7 @@ class Training:
              "ranks": self.topology.size, "nodes": self.topology.num_nodes, "sync": self.exchange.name,
              "wire": self.exchange.wire, "overlap": self.plan.overlap, "buckets": len(self.plan.buckets),
              "bucket_mb": self.plan.bucket_mb, "hidden": hidden_share(self._comm_s[1], self._flight_s[1]),
-             "device": c.device,
+             "device": c.device, **self._served_summary(),
              **({"local": self.step.statistics(self.exchange.wire)} if self.local else {}),
              "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
              "skipped_updates": progress.skipped,
@@ -582,6 +770,14 @@ class Training:
              "num_params": layout.num_params,
              "samples_per_s": min(c.global_batch_size, self.manifest.rows("train")) / median if median else None,
              "step_s": median, "wall_s": progress.seconds, "versions": versions()}) + "\n")
+
+
+    def _served_summary(self) -> dict[str, Any]:
+        if self.roles is None:
+            return {}
+        from hpcmlp.sync.storage import add_reports
+        return {"server": {"servers": self.roles.servers, "staleness_bound": self.config.staleness or "0",
+                           **add_reports(self.served)}}
 
 
 def _listed(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 `rank` and `step` select where; without them every rank, every step. `act` is one of: kill, stop (SIGSTOP), spin (for
 ever), sleep:SECONDS, signal:NAME (such as SIGUSR1, to this rank alone), raise, exit:CODE, flip (one bit of the
-parameters). Unset, it costs one `is None` a step.
+parameters), leave (a worker out of step says good-bye). Unset, it costs one `is None` a step.
 """
 
 import os
@@ -20,10 +20,10 @@ class Fault:
         self.step = step
         self.act, _, self.argument = act.partition(":")
 
-    def strike(self, step: int, params: Any) -> None:
-        """Do the fault when its step has come. Local."""
+    def strike(self, step: int, params: Any) -> bool:
+        """Do the fault when its step has come; return whether this rank shall leave the run. Local."""
         if self.step is not None and step != self.step:
-            return
+            return False
         if self.act in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if self.act == "kill" else signal.SIGSTOP)
         elif self.act == "signal":
@@ -39,9 +39,10 @@ class Fault:
         elif self.act == "spin":
             while True:
                 pass
+        return self.act == "leave"
 
 
-ACTS = ("kill", "stop", "spin", "signal", "sleep", "raise", "exit", "flip")
+ACTS = ("kill", "stop", "spin", "leave", "signal", "sleep", "raise", "exit", "flip")
 
 
 def planned_fault(rank: int) -> Fault | None:

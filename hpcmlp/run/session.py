@@ -87,15 +87,20 @@ class Session:
         """Keep this rank's ranges of `flat` as the best parameters so far. Local."""
         self.best = self.strategy.owned(flat)
 
-    def capture(self, meta: dict[str, Any]) -> "checkpoint.State":
-        """Return the whole state with `meta` added. Collective; every rank gets it, one may save it."""
-        layout = self.network.layout
+    def capture(self, meta: dict[str, Any]) -> "checkpoint.State | None":
+        """Return the whole state with `meta` added on rank 0, None elsewhere: a node need not hold it often.
+
+        Collective.
+        """
+        layout, keep = self.network.layout, self.comm.rank == 0
         self._settle()
         flats = {"params": self.host_params()}
-        flats |= {name: strategy.whole(array) for name, (strategy, array) in self._vectors.items()}
+        flats |= {name: strategy.whole(array, keep) for name, (strategy, array) in self._vectors.items()}
         if self.best is not None:
-            flats["best"] = self.strategy.whole(self.best)
+            flats["best"] = self.strategy.whole(self.best, keep)
         carried = self._exchange.carried()
+        if not keep:
+            return None
         flats |= {f"sync/{name}": flat for name, flat in carried.items()}
         arrays = {f"{group}/{name}": view for group, flat in flats.items()
                   for name, view in layout.views(flat).items()}

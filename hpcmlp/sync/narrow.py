@@ -15,6 +15,8 @@ import numpy as np
 from hpcmlp.sync.buckets import Bucket
 from hpcmlp.sync.strategy import SlicedUpdate
 
+BLOCK = 1 << 15  # elements that change places at once, in the cache
+
 
 class NarrowUpdate(SlicedUpdate):
     """Narrow reduce-scatter of the gradient, update of this rank's masters, narrow all-gather towards them.
@@ -25,11 +27,9 @@ class NarrowUpdate(SlicedUpdate):
     def __init__(self, collective: Any, buckets: list[Bucket], size: int, params: Any, grads: Any, ops: Any):
         super().__init__(collective, buckets, size, params, grads, ops)
         self._places = self._find_places()
-        largest = max((own.stop - own.start for _, own in self._places), default=0)
-        self._swapped = ops.empty((largest,), params.dtype)
-        if self._staged:
-            ops.to_host(params, self._host_params)
-        self._set_masters(self._host_params)
+        self._masters = np.empty(sum(stop - start for start, stop in self.ranges), self._host_params.dtype)
+        self._between = np.empty(min(BLOCK, self._masters.size), self._masters.dtype)
+        self.take_up({})
 
     def _find_places(self) -> list[tuple[slice, slice]]:
         """Return for every bucket where this rank's part of it stands in the flat vector, and where in the masters."""
@@ -44,30 +44,24 @@ class NarrowUpdate(SlicedUpdate):
             places.append((slice(start, stop), slice(first, first + stop - start)))
         return places
 
-    def _set_masters(self, flat: np.ndarray) -> None:
-        self._masters = self.owned(flat)     # while an update is under way: the replica of this rank's slice
-        self._host_masters = np.zeros(self._masters.shape, self._masters.dtype) if self._staged else self._masters
-
-    def _swap(self) -> None:
-        """Exchange the masters and what stands in this rank's ranges of `params`."""
-        for flat, own in self._places:
-            between = self._swapped[:own.stop - own.start]
-            between[...] = self._masters[own]
-            self._masters[own] = self.params[flat]
-            self.params[flat] = between
-
     def update(self, optimizer: Any, lr: float, step: int, grad_scale: float) -> None:
         """Update the masters, which stand in this rank's ranges of `params` until `share`.
 
         Collective only for optimizers that need norms.
         """
-        self._swap()
+        for flat, own in self._places:
+            self._exchange(self._host_params[flat], self._masters[own])
+            if self._staged:
+                self.ops.from_host(self._host_params[flat], self.params[flat])
         super().update(optimizer, lr, step, grad_scale)
 
-    def _offer(self) -> None:
-        self._swap()
-        if self._staged:
-            self.ops.to_host(self._masters, self._host_masters)
+    def _exchange(self, one: np.ndarray, other: np.ndarray) -> None:
+        for start in range(0, one.size, BLOCK):
+            piece = slice(start, min(start + BLOCK, one.size))
+            between = self._between[:piece.stop - start]
+            between[...] = one[piece]
+            one[piece] = other[piece]
+            other[piece] = between
 
     def _share_bucket(self, k: int, bucket: Bucket) -> None:
         self.collective.gather_towards(*self._towards(k, bucket))
@@ -77,15 +71,21 @@ class NarrowUpdate(SlicedUpdate):
 
     def _towards(self, k: int, bucket: Bucket) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         _, own = self._places[k]
-        return self._host_params[bucket.start:bucket.stop], bucket.bounds, self._host_masters[own]
+        return self._host_params[bucket.start:bucket.stop], bucket.bounds, self._masters[own]
 
     def carried(self) -> dict[str, np.ndarray]:
         """Return the masters too ("master"). Collective."""
-        return {"master": self.whole(self._masters), **super().carried()}
+        flat = self._kept()
+        for place, own in self._places:
+            flat[place] = self._masters[own]
+        self._gather(flat)
+        return {"master": flat.copy(), **super().carried()}
 
     def take_up(self, carried: dict[str, np.ndarray]) -> None:
         """Go on from `carried`; without a "master" in it the parameters are the masters. Local."""
         if self._staged:
             self.ops.to_host(self.params, self._host_params)
-        self._set_masters(carried.get("master", self._host_params))
+        flat = carried.get("master", self._host_params)
+        for place, own in self._places:
+            self._masters[own] = flat[place]    # while an update is under way: the replica of these elements
         super().take_up({name: flat for name, flat in carried.items() if name != "master"})

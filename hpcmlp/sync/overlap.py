@@ -155,9 +155,9 @@ class Overlapped(SlicedUpdate):
         self._exposed_s = self._flight_s = 0.0
         return spent
 
-    def whole(self, owned: Any) -> np.ndarray:
+    def whole(self, owned: Any, keep: bool = True) -> np.ndarray | None:
         self.finish()
-        return super().whole(owned)
+        return super().whole(owned, keep)
 
     def carried(self) -> dict[str, np.ndarray]:
         self.finish()

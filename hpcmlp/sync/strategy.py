@@ -55,6 +55,11 @@ class SlicedUpdate:
     def _ranges(self) -> list[tuple[int, int]]:
         return owned_ranges(self.buckets, self.collective.part)
 
+    def go_on(self, collective: Any, buckets: list[Bucket], size: int) -> None:
+        """Use another collective among other ranks; this rank's ranges must be the ones it had. Local."""
+        self.collective, self.buckets, self.size = collective, buckets, size
+        assert self._ranges() == self.ranges
+
     def reduce(self, words: np.ndarray) -> None:
         """Sum the gradient and the control words over the ranks.
 
@@ -155,20 +160,23 @@ class SlicedUpdate:
             self._gathered = self.collective.empty(self._host_params.size, self._host_params.dtype)
         return self._gathered
 
-    def whole(self, owned: Any) -> np.ndarray:
+    def whole(self, owned: Any, keep: bool = True) -> np.ndarray | None:
         """Return the flat host vector whose owned ranges, concatenated, are `owned` on each rank.
 
-        Collective. Used to save or use optimizer state, averaged weights and the best state.
+        Collective, between steps: the gradient's memory is used. For saving or using optimizer state, averaged weights
+        and the best state. A rank without `keep` helps the others and gets None.
         """
-        flat = self._kept()
-        part = np.empty(owned.shape, flat.dtype)
-        self.ops.to_host(owned, part)
+        flat = self._host_grads
+        part = owned
+        if not on_host(owned):
+            part = np.empty(owned.shape, flat.dtype)
+            self.ops.to_host(owned, part)
         at = 0
         for start, stop in self.ranges:
             flat[start:stop] = part[at:at + stop - start]
             at += stop - start
         self._gather(flat)
-        return flat.copy()
+        return flat.copy() if keep else None
 
     def owned(self, flat: Any) -> Any:
         """Return a copy of this rank's ranges of `flat`, concatenated. Local."""

@@ -1,7 +1,6 @@
 """hpcmlp over several hosts: what it sees, what it computes, what crosses the links, and how it ends."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -144,11 +143,10 @@ def test_a_narrow_wire_trains_between_hosts(clouds, alone, hpcmlp, tmp_path):
 
 @pytest.mark.parametrize("sync", ["shared", "ring"])
 def test_a_rank_killed_on_another_host_ends_the_job_soon(clouds, hpcmlp, tmp_path, sync):
-    begin = time.monotonic()
+    # The others would wait for ever; a quiet machine needs 3 s, most of them for the start.
     done = hpcmlp("train", "--data", clouds, "--out", tmp_path / "run", *SMALL, "--sync", sync, ranks="2,2",
-                  env={"HPCMLP_FAULT": "rank=3,step=5,act=kill"})
+                  env={"HPCMLP_FAULT": "rank=3,step=5,act=kill"}, timeout=40)
     assert done.returncode != 0
-    assert time.monotonic() - begin < 20        # 3 s for start and data on a quiet machine
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

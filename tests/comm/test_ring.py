@@ -215,14 +215,17 @@ def test_narrow_collectives_under_way_give_the_bits_of_the_blocking_ones(comm, w
             else:
                 for a, c in zip(arrays, cuts, strict=True):
                     ring.reduce_scatter(a, c)
-            masters = [a[c[comm.rank]:c[comm.rank + 1]].copy() for a, c in zip(arrays, cuts, strict=True)]
+            kept = [r[c[comm.rank]:c[comm.rank + 1]].copy() for r, c in zip(replicas, cuts, strict=True)]
+            for a, r, c in zip(arrays, replicas, cuts, strict=True):
+                own = slice(c[comm.rank], c[comm.rank + 1])
+                r[own] = a[own]     # the masters
             if begin:
-                for operation in [ring.start_gather_towards(*x) for x in zip(replicas, cuts, masters, strict=True)]:
+                for operation in [ring.start_gather_towards(*x) for x in zip(replicas, cuts, kept, strict=True)]:
                     operation.wait()
             else:
-                for x in zip(replicas, cuts, masters, strict=True):
+                for x in zip(replicas, cuts, kept, strict=True):
                     ring.gather_towards(*x)
-        results.append([a.tobytes() for a in [*replicas, *masters]])
+        results.append([a.tobytes() for a in [*replicas, *kept]])
         assert all(np.isfinite(a).all() and (a.any() or a.size < 5) for a in replicas)
         ring.free()
     assert results[0] == results[1]

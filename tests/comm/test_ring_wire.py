@@ -138,14 +138,18 @@ def test_all_ranks_follow_the_masters_with_the_same_bits(comm, algorithm, wire, 
     goal = np.zeros(n, np.float32)
     for step in range(6):
         goal += np.random.default_rng([n, step]).standard_normal(n).astype(np.float32)
-        way = np.abs((goal - array)[own]).astype(np.float64)
-        collective.gather_towards(array, bounds, goal[own].copy())
+        kept = array[own].copy()
+        way = np.abs(goal[own] - kept).astype(np.float64)
+        array[own] = goal[own]
+        collective.gather_towards(array, bounds, kept)
+        np.testing.assert_array_equal(kept, goal[own])
         assert_same_bits_everywhere(comm, array)
         error = np.abs(array[own].astype(np.float64) - goal[own])
         rounding = way.max(initial=0.0) / 250 if wire == "int8" else 1.01 * ROUNDING[wire] * way + 2.0**-25
         assert (error <= rounding + 2.0**-22 * np.abs(goal[own]) + 1e-7).all()
         comm.Barrier()      # a common array is read before anybody moves on
     before = array.copy()
+    comm.Barrier()
     collective.gather_towards(array, bounds, before[own].copy())
     np.testing.assert_array_equal(array, before)    # who has arrived stays
     del array

@@ -178,15 +178,18 @@ def test_a_rest_that_is_not_finite_or_below_the_normal_numbers_becomes_zero(name
 @pytest.mark.parametrize("name", FORMATS)
 def test_going_towards_a_target_is_one_rounding_of_the_way(name, n):
     random = np.random.default_rng([n, 2])
-    form, values = make_format(name, max(1, n)), random.standard_normal(n).astype(np.float32)
+    form, replica = make_format(name, max(1, n)), random.standard_normal(n).astype(np.float32)
     target, data = random.standard_normal(n).astype(np.float32), np.empty(form.num_bytes(n), np.uint8)
-    follower = values.copy()
+    follower = replica.copy()
     for _ in range(4):
-        way = target - values
-        form.towards(values, target, data)
+        way = target - replica
+        values = target.copy()
+        form.towards(values, replica, data)
+        np.testing.assert_array_equal(replica, target)      # the two have changed places
+        replica, values = values, replica
         form.add(data, follower)
-        np.testing.assert_array_equal(follower, values)     # who hears the message has the bits of who sent it
-        error = np.abs(values.astype(np.float64) - target)
+        np.testing.assert_array_equal(follower, replica)    # who hears the message has the bits of who sent it
+        error = np.abs(replica.astype(np.float64) - target)
         assert (error <= bound(name, way) * (1 + 1e-6) + 2.5e-7 * np.abs(target) + 1e-9).all()
     assert n == 0 or error.max() < 1e-6     # what was lost is sent in the next call
 
@@ -207,17 +210,17 @@ def test_kernels_and_numpy_give_the_same_bits(form_of, name, values):
         found = []
         for fused in (False, True):
             form = make_format(name, max(1, n), fused)
-            a, b, c, rest = own.copy(), own.copy(), other.copy(), other.copy()
+            a, b, c, rest, replica = own.copy(), own.copy(), other.copy(), other.copy(), other.copy()
             messages = [np.zeros(form.num_bytes(n), np.uint8) for _ in range(3)]
             decoded = [np.empty(n, np.float32) for _ in messages]
             with np.errstate(all="ignore"):
                 form.encode(own, messages[0])
                 form.round(a, rest, messages[1])
-                form.towards(b, other, messages[2])
+                form.towards(b, replica, messages[2])
                 form.add(messages[0], c)
                 for message, into in zip(messages, decoded, strict=True):
                     form.decode(message, into)
-            found.append([a, b, c, rest, *decoded])
+            found.append([a, b, c, rest, replica, *decoded])
         for plain, kernel in zip(*found, strict=True):
             nan = np.isnan(plain)
             np.testing.assert_array_equal(np.isnan(kernel), nan)

@@ -1,0 +1,302 @@
+"""Reduce-scatter and all-gather as the push and pull of a parameter server: whole slices sent straight to their owners.
+
+The first `servers` ranks own parts of the array. `reduce_scatter` is a push: every worker sends each owner the owner's
+part of its array, and the owner adds what comes in ascending order of the workers' ranks: the bits of a plain ordered
+sum, whatever arrives first. `all_gather` is a pull: every owner sends its part to all other ranks, front segments
+first, which is the order in which a forward pass needs the layers. With fewer servers than ranks the servers are
+dedicated: what stands in their own array is not added. With as many servers as ranks everyone is both.
+
+The control words come from all ranks, also from dedicated servers: each rank sends them to every server, every server
+adds them in the order of the ranks, and sends a rank that is no server the sum, together with the version: how often
+this pair of calls has been made. A rank that sees another version than its own has lost a message or a turn.
+
+Cost for n bytes, W workers, K dedicated servers, P = W + K: a worker sends n and receives n; a server receives W n/K
+and sends (P - 1) n/K; it is the server's link that fills first. With K = P each rank sends and receives (P - 1)/P n in
+either half, as in a ring, but in one hop instead of P - 1.
+
+No cycle of waiting: a rank starts all its sends of its own data before it waits for anything; the only messages sent
+later are the servers' sums of words, which depend on messages of the first kind alone, and are waited for last.
+Two-sided messages rather than MPI-3 windows: see `comm.post`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, broadcast, pieces
+from hpcmlp.errors import RunFailed
+
+SEGMENT_BYTES = 2**20
+WORK_BYTES = 2**24  # receive buffers of an owner, over all workers; segments shrink until they fit
+DEPTH = 2           # segments of one worker that may be on their way at once
+MAX_PLANS = 64
+DATA_TAG, WORDS_TAG, SUMS_TAG = 1, 2, 3
+
+Bounds = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which of `size` ranks serve and which train: the first `servers` serve; when that is all of them, all do both."""
+
+    servers: int
+    size: int
+
+    @property
+    def dedicated(self) -> bool:
+        """Whether the servers do nothing but serve."""
+        return self.servers < self.size
+
+    @property
+    def workers(self) -> range:
+        """The ranks that train, ascending."""
+        return range(self.servers if self.dedicated else 0, self.size)
+
+    def share(self, rank: int) -> tuple[int, int] | None:
+        """Return (this rank's number among the workers, number of workers), None for a dedicated server. Local."""
+        workers = self.workers
+        return (rank - workers.start, len(workers)) if rank in workers else None
+
+
+class Served:
+    """Collectives on 1-D float32 or float64 arrays, between workers and the servers that own parts.
+
+    Collective over `comm`, which is duplicated. Methods, prepared messages and their lifetime are those of `Ring`.
+
+    Parameters
+    ----------
+    servers : ranks 0 .. servers - 1 own parts; the parts of other ranks must be empty.
+    segment_bytes, limit_bytes : largest message; for tests.
+
+    Attributes `bytes_sent` and `bytes_received` count the bytes of arrays (not of words) of this rank so far.
+    """
+
+    narrow = False      # numbers travel as they are
+
+    def __init__(self, comm: MPI.Intracomm, servers: int, segment_bytes: int = SEGMENT_BYTES,
+                 limit_bytes: int = LIMIT_BYTES):
+        self.comm = comm.Dup()
+        self.rank = self.part = comm.rank
+        self.size = comm.size
+        self.roles = Roles(servers, comm.size)
+        wanted = min(segment_bytes, limit_bytes, WORK_BYTES // (DEPTH * comm.size))
+        self.segment_bytes = max(8, wanted // 64 * 64)
+        self.bytes_sent = self.bytes_received = 0
+        self.version = 0
+        self._plans: OrderedDict[tuple, _Push | _Pull] = OrderedDict()
+
+    def empty(self, size: int, dtype: np.dtype | type) -> np.ndarray:
+        """Return a zeroed (size,) array of this rank, 64-byte aligned. Local."""
+        return aligned_zeros(size, dtype)
+
+    def common(self, size: int, dtype: np.dtype | type) -> np.ndarray:
+        """Return a zeroed (size,) array for what is the same on all ranks; here every rank has its own. Local."""
+        return aligned_zeros(size, dtype)
+
+    def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
+        """Sum over the workers; server r gets the sum of its part, `array[bounds[r]:bounds[r+1]]`, in place.
+
+        Collective over `comm`.
+
+        Parameters
+        ----------
+        array : contiguous, the same length and dtype on all ranks; read on the workers, written in a server's part.
+        bounds : (size+1,) ascending element offsets, the same on all ranks; empty parts for ranks that do not serve.
+        words : (W,) float64 or None; replaced by its sum over all ranks, with the same bits on all of them.
+
+        Raises RunFailed when a server stands at another version than this rank.
+        """
+        if self.size > 1:
+            self.version += words is not None
+            self._run(_Push, array, bounds, self.roles.workers, words)
+
+    def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
+        """Copy every server's part, `array[bounds[r]:bounds[r+1]]`, to all ranks, in place.
+
+        Collective over `comm`. Parameters as for `reduce_scatter`.
+        """
+        if self.size > 1:
+            self._run(_Pull, array, bounds, range(self.size), None)
+
+    def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
+        """Replace `array` by its sum over all ranks, with the same bits on all of them; `words` likewise.
+
+        Collective over `comm`. Dedicated servers' numbers count here.
+        """
+        if self.size == 1:
+            return
+        servers = self.roles.servers
+        bounds = [array.size * min(rank, servers) // servers for rank in range(self.size + 1)]
+        self.version += words is not None
+        self._run(_Push, array, bounds, range(self.size), words)
+        self._run(_Pull, array, bounds, range(self.size), None)
+
+    def broadcast(self, array: np.ndarray, root: int = 0) -> None:
+        """Copy `array` (contiguous, any dtype) of rank `root` to all ranks, in place. Collective over `comm`."""
+        broadcast(self.comm, array, root, self.segment_bytes)
+
+    def forget(self) -> None:
+        """Drop the prepared messages and with them the references to the caller's arrays. Local."""
+        while self._plans:
+            self._plans.popitem()[1].free()
+
+    def free(self) -> None:
+        """Give everything back.
+
+        Collective over `comm`.
+        """
+        self.forget()
+        self.comm.Free()
+
+    def _run(self, kind: type, array: np.ndarray, bounds: Bounds, sources: range, words: np.ndarray | None) -> None:
+        where = bounds.tobytes() if isinstance(bounds, np.ndarray) else tuple(bounds)
+        num_words = 0 if words is None else words.size
+        # The plan keeps the memory alive, so an address cannot come to mean another array.
+        key = (kind, array.__array_interface__["data"][0], array.dtype.char, where, sources, num_words)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = kind(self, array, [int(bound) for bound in bounds], sources, num_words)
+            if len(self._plans) > MAX_PLANS:
+                self._plans.popitem(last=False)[1].free()
+        self._plans.move_to_end(key)
+        plan.run(words, self.version)
+        self.bytes_sent += plan.bytes_sent
+        self.bytes_received += plan.bytes_received
+
+    def _parts(self, array: np.ndarray, bounds: list[int]) -> list[list[np.ndarray]]:
+        """Cut every part into its segments, alike on all ranks."""
+        assert array.ndim == 1 and array.flags.c_contiguous and array.dtype.char in "fd"
+        assert len(bounds) == self.size + 1 and 0 <= bounds[0] and bounds[-1] <= array.size
+        assert bounds[self.roles.servers] == bounds[-1], "only servers own parts"
+        return [list(pieces(array[start:stop], self.segment_bytes))
+                for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+class _Push:
+    """The messages of one reduce-scatter, prepared."""
+
+    def __init__(self, served: Served, array: np.ndarray, bounds: list[int], sources: range, num_words: int):
+        comm, rank, size = served.comm, served.rank, served.size
+        parts = served._parts(array, bounds)
+        owners = [(rank + k) % size for k in range(1, size)] if rank in sources else []     # not all at one first
+        self._sends = [comm.Send_init(piece, owner, DATA_TAG) for owner in owners for piece in parts[owner]]
+        self._receives: list[MPI.Prequest] = []
+        self._segments = self._plan_sums(comm, rank, sources, parts[rank])
+        self.bytes_sent = sum(piece.nbytes for owner in owners for piece in parts[owner])
+        self.bytes_received = sum(p.nbytes for p in parts[rank]) * (len(sources) - (rank in sources))
+        self._prepare_words(served, num_words)
+        first = [request for receives, _, _ in self._segments[:DEPTH] for request in receives]
+        self._first = [*first, *self._word_receives, *self._word_sends, *self._sends]
+
+    def _plan_sums(self, comm: MPI.Intracomm, rank: int, sources: range, own_part: list[np.ndarray]) -> list:
+        """Return per segment: its receives, the additions that follow each of them, and the receives to start then."""
+        # A rank that adds nothing of its own takes the first worker's numbers in place.
+        others = [source for source in sources if source != rank]
+        in_place = rank not in sources
+        size = max((piece.nbytes for piece in own_part), default=0)
+        kept = {source: np.empty((DEPTH, size), np.uint8) for source in others[in_place:]}
+        plans = []
+        for k, own in enumerate(own_part):
+            place = {s: kept[s][k % DEPTH, :own.nbytes].view(own.dtype) if s in kept else own for s in others}
+            receives = {source: comm.Recv_init(place[source], source, DATA_TAG) for source in others}
+            self._receives.extend(receives.values())
+            plans.append((list(receives.values()), self._additions(rank, sources, own, place, receives)))
+        return [(*plan, plans[k + DEPTH][0] if k + DEPTH < len(plans) else []) for k, plan in enumerate(plans)]
+
+    @staticmethod
+    def _additions(rank: int, sources: range, own: np.ndarray, place: dict, receives: dict) -> list:
+        """Return (receive to wait for or None, a, b, out) so that the sum runs over the sources in ascending order."""
+        total, steps = None, []
+        for source in sources:
+            value, receive = (own, None) if source == rank else (place[source], receives[source])
+            if total is None:
+                total = value
+                steps.append((receive, None, None, None))
+                continue
+            # Once the own numbers are in, the sum stands in its final place.
+            out = own if source == rank or total is own else total
+            steps.append((receive, total, value, out))
+            total = out
+        return steps
+
+    def _prepare_words(self, served: Served, num_words: int) -> None:
+        comm, rank, size, servers = served.comm, served.rank, served.size, served.roles.servers
+        self._word_sends, self._word_receives, self._replies = [], [], []
+        # Row r holds the words of rank r; the last row the sum. The last column is the version.
+        self._rows = np.zeros((size + 1, num_words + 1))
+        if not num_words:
+            return
+        self._serves, self._rank = rank < servers, rank
+        self._word_sends = [comm.Send_init(self._rows[rank], server, WORDS_TAG)
+                            for server in range(servers) if server != rank]
+        if self._serves:
+            self._word_receives = [comm.Recv_init(self._rows[other], other, WORDS_TAG)
+                                   for other in range(size) if other != rank]
+            self._replies = [comm.Send_init(self._rows[-1], other, SUMS_TAG)
+                             for other in range(servers, size) if other % servers == rank]
+        else:
+            self._word_receives = [comm.Recv_init(self._rows[-1], rank % servers, SUMS_TAG)]
+
+    def run(self, words: np.ndarray | None, version: int) -> None:
+        rows = self._rows
+        if words is not None:
+            rows[self._rank, :-1] = words
+            rows[self._rank, -1] = version
+        MPI.Prequest.Startall(self._first)
+        for _, additions, later in self._segments:
+            for receive, a, b, out in additions:
+                if receive is not None:
+                    receive.Wait()
+                if out is not None:
+                    np.add(a, b, out)
+            if later:
+                MPI.Prequest.Startall(later)
+        if words is not None:
+            self._sum_words(words, version)
+        MPI.Request.Waitall([*self._sends, *self._word_sends, *self._replies])
+
+    def _sum_words(self, words: np.ndarray, version: int) -> None:
+        rows = self._rows
+        MPI.Request.Waitall(self._word_receives)
+        if self._serves:
+            odd = rows[:-1, -1] != version
+            # One row after the other: NumPy's own sum may add in another order.
+            rows[-1] = rows[0]
+            for row in rows[1:-1]:
+                np.add(rows[-1], row, rows[-1])
+            rows[-1, -1] = -1 if odd.any() else version
+            MPI.Prequest.Startall(self._replies)
+        if rows[-1, -1] != version:
+            raise RunFailed(f"rank {self._rank} is at version {version} of the parameters and another rank is not: a "
+                            "message was lost or doubled; go on from the last checkpoint with --resume.")
+        words[:] = rows[-1, :-1]
+
+    def free(self) -> None:
+        for request in [*self._sends, *self._receives, *self._word_sends, *self._word_receives, *self._replies]:
+            request.Free()
+
+
+class _Pull:
+    """The messages of one all-gather, prepared; every segment is received in its place."""
+
+    def __init__(self, served: Served, array: np.ndarray, bounds: list[int], sources: range, num_words: int):
+        comm, rank = served.comm, served.rank
+        parts = served._parts(array, bounds)
+        others = [(rank + k) % served.size for k in range(1, served.size)]
+        receives = [comm.Recv_init(piece, owner, DATA_TAG) for owner, part in enumerate(parts) if owner != rank
+                    for piece in part]
+        sends = [comm.Send_init(piece, other, DATA_TAG) for piece in parts[rank] for other in others]
+        self._all = [*receives, *sends]
+        self.bytes_sent = sum(piece.nbytes for piece in parts[rank]) * len(others)
+        self.bytes_received = sum(p.nbytes for owner, part in enumerate(parts) if owner != rank for p in part)
+
+    def run(self, words: None, version: int) -> None:
+        MPI.Prequest.Startall(self._all)
+        MPI.Request.Waitall(self._all)
+
+    def free(self) -> None:
+        for request in self._all:
+            request.Free()
