@@ -149,7 +149,7 @@ class TrainConfig:
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
                        "nodes), ring, native (the MPI library's own), or server (parameters on servers); auto: shared "
-                       "where ranks share a node")
+                       "on one node, else the fastest in a short trial")
     servers: int | None = option(None, kind=int, low=1, help="--sync server: ranks that hold the parameters; when "
                                  "fewer than all they do nothing else (default: 1)")
     staleness: str | None = option(None, help="--sync server: steps that parameters may change between a worker's pull "
@@ -244,8 +244,9 @@ class BenchConfig:
 
     what: str = option(positional=True, choices=("step", "comm", "gemm", "io"), help="step: a whole training step on "
                        "made-up samples, and its matrix products alone, ms; gemm: these products, ms and GFLOP/s; "
-                       "comm: an all-reduce over sizes for each algorithm, us and GB/s; io: how fast the shards of a "
-                       "data set are read, verified, gathered and streamed, samples/s and MB/s")
+                       "comm: an all-reduce over sizes for each algorithm, beside MPI's own and a copy of memory, us "
+                       "and GB/s; io: how fast the shards of a data set are read, verified, gathered and streamed, "
+                       "samples/s and MB/s")
     sizes: tuple = option((784, 256, 128, 10), kind=int, many=True, low=1, help="widths from input to output (step, "
                           "gemm)")
     global_batch_size: int = option(128, low=1, help="samples of one step over all ranks (step, gemm, io)")
@@ -260,6 +261,8 @@ class BenchConfig:
                                      "default as for train)")
     optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule (step)")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs (step)")
+    bytes: tuple = option((4, 2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26), kind=int, many=True, low=4,
+                          help="sizes of the arrays (comm)")
     data: str | None = option(None, help="data set directory made by prepare (io)", metavar="DIR")
     memory_limit: float | None = option(None, kind=float, above=0.0, help="memory for the samples of one rank while "
                                         "streaming, MiB (io; default: half of what a rank holds)", metavar="MIB")

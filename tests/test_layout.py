@@ -18,7 +18,7 @@ LAYERS = [("errors",), ("node_memory",), ("launch",), ("ops",), ("nn", "comm", "
 INSIDE = {
     "ops": "counter activations losses plain blocked _fused host device ops",
     "nn": "nn layout losses network initializers optimizers schedules metrics auc",
-    "comm": "exact_sum messages topology agreement ring wire ring_wire native shared served post comm",
+    "comm": "exact_sum messages topology agreement ring wire ring_wire native shared choice served post comm",
     "data": "data files guard layouts tables csv_numbers manifest order arrays csv_reader hdf5_reader idx_reader "
             "npz_reader parquet_reader readers row_file splits statistics download sources targets preprocess cleaning "
             "selection summary shards describe samples resident streamed loader",

@@ -36,7 +36,7 @@ class Exchange:
 
     `params` is meant for what all ranks hold alike (one copy per node in shared memory, unless `own_params`), `grads`
     is this rank's own. `wire` is what crosses the network. `note` says what is not as it was asked for, and why; ""
-    when all is.
+    when all is. `why` is why these collectives were taken; "" when they were asked for by name.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Exchange:
     grads: np.ndarray
     wire: str = "float32"
     note: str = ""
+    why: str = ""
 
 
 def make_ring(comm: Any, wire: str = "float32", **options: Any) -> Ring:
@@ -68,37 +69,73 @@ def check_wire(sync: str, wire: str) -> None:
                           "give --sync auto, shared or ring, or use --wire float32.")
 
 
+def rule(topology: Topology, wire: str = "float32") -> tuple[str | None, str]:
+    """Return the collectives known to suit the topology best, and why; None where only a trial can tell. Local.
+
+    On one node nothing beats node memory, whatever the size: no other way moves as few bytes or has as few
+    synchronisations. Between nodes it depends on sizes, network and MPI library.
+    """
+    if topology.size == 1:
+        return "ring", "one rank"
+    if topology.num_nodes == 1:
+        return "shared", "one node"
+    if wire != "float32":   # only ours send it
+        return ("shared", "ranks share nodes") if topology.size > topology.num_nodes else ("ring", "one rank per node")
+    return None, ""
+
+
 def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False,
                   wire: str = "float32", servers: int = 1) -> Exchange:
     """Return collectives and zeroed flat vectors of `size` elements.
 
-    Collective over `topology.comm`. `name` may be "auto": node memory where several ranks share a node, else the ring.
-    Where node memory is not to be had the ring is taken. A `wire` other than "float32" is that of the ring, between
-    nodes or between all ranks; where there are no messages between ranks it is float32 after all, so that one
-    configuration serves one node and many. `note` says so. Raises ConfigError for an unknown name, or a wire with
+    Collective over `topology.comm`. `name` may be "auto": by `rule`, or else the fastest in a short trial with vectors
+    of this size (`comm.choice`); all ranks take the same. Where node memory is not to be had the ring is taken, or the
+    trial goes on without it. A `wire` other than "float32" is that of the ring, between nodes or between all ranks;
+    where there are no messages between ranks it is float32 after all, so that one configuration serves one node and
+    many. `note` says so, `why` why "auto" took what it took. Raises ConfigError for an unknown name, or a wire with
     "native" or "server". `servers` counts for "server" alone.
     """
     check_wire(name, wire)
-    if name == "server":
+    taken, why, note = *(rule(topology, wire) if name == "auto" else (name, "")), ""
+
+    def make(which: str, elements: int) -> Exchange:
+        return _open(which, topology, elements, dtype, own_params, wire, servers)
+
+    if taken == "shared":
+        try:
+            exchange = make("shared", size)
+        except SharedUnavailable as reason:
+            taken = None if name == "auto" and wire == "float32" else "ring"
+            why, note = "", f"sync {taken or 'ring or native'} instead of shared: {reason}"
+        else:
+            exchange.why = why
+            return exchange
+    if taken is None:
+        from hpcmlp.comm.choice import fastest  # on one node nobody needs it
+        names = ("shared", "ring", "native") if topology.size > topology.num_nodes and not note else ("ring", "native")
+        taken, why = fastest(make, names, topology.comm, size)
+    exchange = make(taken, size)
+    exchange.why, exchange.note = why, note or exchange.note
+    return exchange
+
+
+def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool, wire: str, servers: int) -> Exchange:
+    """Open what is called `name` and nothing else; where node memory is not to be had nothing stays allocated."""
+    note = ""
+    if wire != "float32" and (topology.size == 1 or name == "shared" and topology.num_nodes == 1):
+        note, wire = _idle(wire, "there is one rank" if topology.size == 1 else "all ranks share one node"), "float32"
+    if name == "shared":
+        collective: Any = Shared(topology, partial(make_ring, wire=wire))
+    elif name == "server":
         from hpcmlp.comm.served import Served  # few runs want it
         collective = Served(topology.comm, servers)
-        return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), wire)
-    note = ""
-    if name == "shared" or (name == "auto" and topology.size > topology.num_nodes):
-        narrow, shared = wire if topology.num_nodes > 1 else "float32", None
-        try:
-            shared = Shared(topology, partial(make_ring, wire=narrow))
-            return Exchange("shared", shared, *_vectors(shared, size, dtype, own_params), narrow,
-                            "" if narrow == wire else _idle(wire, "all ranks share one node"))
-        except SharedUnavailable as why:
-            note = f"sync ring instead of shared: {why}"
-        if shared is not None:
-            shared.free()       # it may hold one of the two vectors
-    name = "ring" if name in ("auto", "shared") else name
-    if topology.size == 1 and wire != "float32":
-        note, wire = _idle(wire, "there is one rank"), "float32"
-    collective = make_ring(topology.comm, wire) if name == "ring" else make_collective(name, topology)
-    return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), wire, note)
+    else:
+        collective = make_ring(topology.comm, wire) if name == "ring" else make_collective(name, topology)
+    try:
+        return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), wire, note)
+    except SharedUnavailable:
+        collective.free()       # it may hold one of the two vectors
+        raise
 
 
 def _idle(wire: str, why: str) -> str:

@@ -125,6 +125,20 @@ def barrier(comm: MPI.Intracomm) -> None:
     comm.Barrier()
 
 
+def there_and_back(comm: MPI.Intracomm, array: np.ndarray, other: int, limit_bytes: int = LIMIT_BYTES) -> None:
+    """Send `array` from rank 0 to rank `other` and back again; the other ranks return at once.
+
+    Collective over `comm`: for timing messages.
+    """
+    for piece in pieces(array, limit_bytes):
+        if comm.rank == 0:
+            comm.Send(piece, other)
+            comm.Recv(piece, other)
+        elif comm.rank == other:
+            comm.Recv(piece, 0)
+            comm.Send(piece, 0)
+
+
 def aligned_zeros(size: int, dtype: np.dtype | type, alignment: int = 64) -> np.ndarray:
     """Return a zeroed (size,) array whose memory starts at a multiple of `alignment` bytes. Local."""
     dtype = np.dtype(dtype)

@@ -11,6 +11,8 @@ result stands after the `wait` of what the start returned. Several may be under 
 its own and receives from the first moment, but they send in the order in which they were started, as one alone would.
 So the first to start is the first to end, and none shares the wire with a later one.
 
+Small arrays, whose cost is the number of hops, do not take the ring: see `_Together`.
+
 Cost, for n bytes on P ranks: each rank sends (P-1)/P n in each half, 2 (P-1)/P n in an all-reduce, which is the least
 possible, in 2 (P-1) hops. P. Patarasuk, X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations", J. Parallel Distrib. Comput. 69 (2009).
@@ -29,6 +31,7 @@ from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, pieces
 
 # Between two ranks of a node, 23 MB: 2.2 ms for a reduce-scatter in segments of 1 MiB, 2.7 ms of 256 KiB, 4 of 64 KiB.
 SEGMENT_BYTES = 2**20
+SMALL_BYTES, PAIR_BYTES = 2**14, 2**16     # arrays up to here are summed by one call of MPI, the second by two ranks
 DEPTH = 2           # segments that may be on their way to this rank at once
 MAX_PLANS = 64      # prepared (array, bounds) pairs that are kept
 BROADCAST_TAG = 1
@@ -50,12 +53,14 @@ class Ring:
     ----------
     segment_bytes : size of one message.
     limit_bytes : no message is larger; for tests.
+    small_bytes : arrays up to this size are summed by one call of MPI; None: as measured.
     """
 
     starts = True       # collectives can be started and waited for
     narrow = False      # whether float32 arrays are rounded on their way: then there is `gather_towards` and `settle`
 
-    def __init__(self, comm: MPI.Intracomm, segment_bytes: int = SEGMENT_BYTES, limit_bytes: int = LIMIT_BYTES):
+    def __init__(self, comm: MPI.Intracomm, segment_bytes: int = SEGMENT_BYTES, limit_bytes: int = LIMIT_BYTES,
+                 small_bytes: int | None = None):
         self.comm = comm.Dup()
         self.rank = self.part = comm.rank    # part: which part of the bounds this rank gets
         self.size = comm.size
@@ -66,6 +71,10 @@ class Ring:
         self._plans: OrderedDict[tuple, _Plan] = OrderedDict()
         self._made = 0
         self._flight: deque[_Operation] = deque()
+        self._together = _Together(self.comm)
+        if small_bytes is None:
+            small_bytes = PAIR_BYTES if self.size == 2 else SMALL_BYTES
+        self._small_bytes = min(small_bytes, limit_bytes)
 
     def empty(self, size: int, dtype: np.dtype | type) -> np.ndarray:
         """Return a zeroed (size,) array of this rank, 64-byte aligned, that the collectives handle well. Local."""
@@ -83,12 +92,14 @@ class Ring:
         Parameters
         ----------
         array : contiguous, the same length and dtype on all ranks; what lies between the bounds but outside the own
-            part holds partial sums afterwards.
+            part holds partial sums or anything afterwards.
         bounds : (size+1,) ascending element offsets, the same on all ranks; parts may be empty.
         words : (W,) float64 or None; replaced by its sum over the ranks, with the same bits on all of them. A copy
             travels with every part.
         """
-        if self.size > 1:
+        if self._is_small(array):
+            self._together.sum(array[bounds[0]:bounds[-1]], words)
+        elif self.size > 1:
             self._run(self._reduce_plan(array, bounds, words), words)
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
@@ -127,6 +138,9 @@ class Ring:
 
         Collective over `comm`.
         """
+        if self._is_small(array):
+            self._together.sum(array, words)
+            return
         bounds = [array.size * rank // self.size for rank in range(self.size + 1)]
         self.reduce_scatter(array, bounds, words)
         self.all_gather(array, bounds)
@@ -177,6 +191,9 @@ class Ring:
         """
         self.forget()
         self.comm.Free()
+
+    def _is_small(self, array: np.ndarray) -> bool:
+        return array.nbytes <= self._small_bytes and self.size > 1
 
     def _reduce_plan(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None) -> "_Plan":
         return self._plan(_ReduceScatter, array, bounds, 0 if words is None else words.size)
@@ -231,6 +248,46 @@ class Ring:
         assert len(bounds) == self.size + 1 and 0 <= bounds[0] and bounds[-1] <= array.size
         return [list(pieces(array[start:stop], self.segment_bytes))
                 for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+class _Together:
+    """Sums of small arrays by one call of MPI: few messages one after the other, where the ring takes 2 (P-1) hops.
+
+    Every rank gets all ranks' numbers (MPI_Allgather) and adds them up in the same way, so all hold the same bits
+    whatever the library does. Between two ranks MPI adds (MPI_Allreduce): two numbers have one sum in either order.
+    Bytes sent per rank: those of the array and words, times P-1 at most.
+    """
+
+    def __init__(self, comm: MPI.Intracomm):
+        self._comm = comm
+        self._buffers: dict[tuple, tuple] = {}
+
+    def sum(self, array: np.ndarray, words: np.ndarray | None) -> None:
+        """Replace `array`, and `words`, by the sum over the ranks. Collective."""
+        if self._comm.size == 2:
+            self._comm.Allreduce(MPI.IN_PLACE, array, MPI.SUM)
+            if words is not None:
+                self._comm.Allreduce(MPI.IN_PLACE, words, MPI.SUM)
+            return
+        given = (array,) if words is None else (words, array)   # words first: they need the larger alignment
+        key = tuple((values.dtype.char, values.size) for values in given)
+        own, every, columns = self._buffers.get(key) or self._prepare(key, given)
+        for values, (mine, _) in zip(given, columns, strict=True):
+            np.copyto(mine, values)
+        self._comm.Allgather(own, every)
+        for values, (_, rows) in zip(given, columns, strict=True):
+            np.add.reduce(rows, 0, None, values)
+
+    def _prepare(self, key: tuple, given: tuple[np.ndarray, ...]) -> tuple:
+        if len(self._buffers) >= MAX_PLANS:
+            self._buffers.clear()
+        bounds = np.cumsum([0, *(values.nbytes for values in given)])
+        own = np.empty(bounds[-1], np.uint8)
+        every = np.empty((self._comm.size, own.size), np.uint8)
+        columns = [(own[start:stop].view(values.dtype), every[:, start:stop].view(values.dtype))
+                   for values, start, stop in zip(given, bounds[:-1], bounds[1:], strict=True)]
+        self._buffers[key] = own, every, columns
+        return self._buffers[key]
 
 
 class _Operation:

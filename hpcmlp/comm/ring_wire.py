@@ -51,11 +51,14 @@ class WireRing(Ring):
     """
 
     def __init__(self, comm: MPI.Intracomm, wire: str, feedback: bool = True, segment_bytes: int = SEGMENT_BYTES,
-                 limit_bytes: int = LIMIT_BYTES):
-        super().__init__(comm, segment_bytes, limit_bytes)
+                 limit_bytes: int = LIMIT_BYTES, small_bytes: int | None = None):
+        super().__init__(comm, segment_bytes, limit_bytes, small_bytes)
         self.narrow = self.size > 1
         self.wire, self.feedback = make_format(wire, max(1, self.segment_bytes // 4)), feedback
         self._residuals: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _is_small(self, array: np.ndarray) -> bool:
+        return array.dtype != np.float32 and super()._is_small(array)
 
     def _reduce_plan(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None) -> _Plan:
         """Plan a `reduce_scatter`: a float32 array is rounded on its way, `words` are exact."""

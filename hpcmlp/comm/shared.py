@@ -1,20 +1,28 @@
 """Collectives through the node's shared memory, and the ring among ranks with one local rank between nodes.
 
-Arrays made by `empty` lie in MPI-3 shared windows: every rank of a node reads its neighbours' arrays in place. In a
+Arrays made by `empty` lie in MPI-3 shared windows: every rank of a node works on its neighbours' arrays in place. In a
 reduce-scatter each rank sums its share from all neighbours' memory, cache block by cache block; then the ranks with
-the same local rank reduce that share over the nodes by `Ring`, so that all network links work at once. An array made
-by `common` exists once per node: its all-gather is a barrier on the node and the ring between nodes.
+the same local rank reduce that share over the nodes by `Ring`, so that all network links work at once. In an all-reduce
+it also writes the sum into all neighbours' memory. An array made by `common` exists once per node: its all-gather is a
+meeting of the node's ranks and the ring between nodes. Small arrays go through a stage that everybody adds up itself.
 
 Part p of the bounds belongs to the rank with local_rank * num_nodes + cross_rank = p, so that the share of a local
-rank is one contiguous run of parts. A sum begins with its owner's own numbers and goes on in the
-order of the local ranks, then around the ring: the same bits in every run, and on all ranks.
+rank is one contiguous run of parts. A sum begins with its owner's own numbers and goes on in the order of the local
+ranks (through the stage: in the order of the local ranks alone), then around the ring: the same bits in every run, and
+on all ranks.
 
-Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter; nothing is sent. Between N nodes
-of L ranks each rank sends (N-1)/N n/L in each half. Memory order: each phase ends with Win.Sync and a barrier (MPI-4.1
-section 12.5.4, separate accesses by load and store).
-After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel programming", Computing 95 (2013).
+Cost on a node, n bytes, P ranks: each rank reads n and writes n/P in a reduce-scatter, reads n and writes n in an
+all-reduce; nothing is sent. Between N nodes of L ranks each rank sends (N-1)/N n/L in each half. The ranks meet once in
+a reduce-scatter, once in an all-gather of a common array, twice in an all-gather of an ordinary one and in an
+all-reduce, once in an all-reduce through the stage.
+
+A meeting orders memory: what a rank wrote before it is seen by all after it. With the C kernels it is a few loads and
+stores of counters in shared memory (`meet` in ops/_fused_node.h), else Win.Sync and MPI's barrier (MPI-4.1 section
+12.5.4, separate accesses by load and store). After T. Hoefler et al., "MPI + MPI: a new hybrid approach to parallel
+programming", Computing 95 (2013).
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +34,17 @@ from hpcmlp.comm.messages import broadcast_bytes
 from hpcmlp.comm.ring import Bounds, Ring
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import Unavailable
+from hpcmlp.launch import cpu_quota
+from hpcmlp.ops.host import kernels
 
-BLOCK_BYTES = 1 << 17  # of one source while summing: the sources of a block stay in the cache
-STAGE_BYTES = 1 << 16  # larger ordinary arrays go round the ring
-WORDS = 64
+BLOCK_BYTES = 1 << 17   # of one source while NumPy sums: the sources of a block stay in the cache
+STAGE_BYTES = 1 << 14   # arrays up to here take the stage
 ALIGN_BYTES = 64
-SPARE_BYTES = 1 << 20  # of /dev/shm, for what the MPI library adds to a window
+WORDS = 64              # control words that fit beside an array
+MARKS = 32              # uint32 of one rank in the table of a meeting
+PATIENCE = 25           # calls of `meet`, 0.2 ms each, after which a rank sleeps while it waits
+MAX_VIEWS = 64          # views of the stage that are kept
+SPARE_BYTES = 1 << 20   # of /dev/shm, for what the MPI library adds to a window
 # MPICH maps memory for a communicator's small collectives at the sixth of a kind, and dies of a bus error when there is
 # none left: let it do so before we take any.
 SETTLING_CALLS = 8
@@ -48,13 +61,14 @@ class Shared:
     or the shared-memory file system is too small for a first window; nothing stays allocated then. `make_cross` makes
     the ring between nodes from the communicator of the ranks with one local rank; a `ring_wire.WireRing` makes only
     what crosses the network narrow.
+    The C kernels are taken where all ranks of the node have them, unless `fused` is False.
     """
 
     WAITS = ("_meet",)  # methods that only wait for other ranks, for whoever measures them
 
     starts = True
 
-    def __init__(self, topology: Topology, make_cross: Callable[[MPI.Intracomm], Ring] = Ring):
+    def __init__(self, topology: Topology, make_cross: Callable[[MPI.Intracomm], Ring] = Ring, fused: bool = True):
         self.topology = topology
         self.comm, self.node = topology.comm, topology.node.Dup()
         self.rank, self.size = topology.rank, topology.size
@@ -64,21 +78,30 @@ class Shared:
         self.narrow, self.threads = self._cross.narrow, self._cross.threads
         self._ring: Ring | None = None
         self._windows: list[_Window] = []
-        self._plans: dict[tuple, Any] = {}
-        self._stage = self._words = []
+        self._plans: dict[tuple, _Plan] = {}
+        self._views: dict[tuple, tuple] = {}
+        self._turn = self._half = 0
+        self._stage: list[np.ndarray] = []
+        self._marks: np.ndarray | None = None
         try:
             self._check_even()
             for _ in range(SETTLING_CALLS):
                 self._agree("")
                 self.node.Barrier()
-            stage = self._window(STAGE_BYTES, common=False)
-            words = self._window(8 * WORDS, common=False)
+            self._kernels = self._common_kernels() if fused else None
+            self._crowded = self._cores() < self.local_size
+            self._open_stage()
         except SharedUnavailable:
             self.free()
             raise
-        self._stage = [memory.view(np.uint8) for memory in stage.memories]
-        self._words = [memory.view(np.float64) for memory in words.memories]
-        self._word_table = words
+
+    def _open_stage(self) -> None:
+        table_bytes = 4 * MARKS * self.local_size
+        self._table = self._window(table_bytes, common=True)
+        self._marks = self._table.memories[0][:table_bytes].view(np.uint32).reshape(-1, MARKS)
+        # Two halves in turn: a rank that fills one again has met all that read it.
+        stage = self._window(2 * (8 * WORDS + STAGE_BYTES), common=False)
+        self._stage = [memory.reshape(2, -1) for memory in stage.memories]
 
     def _check_even(self) -> None:
         sizes = np.array([self.local_size, -self.local_size], np.int64)
@@ -86,8 +109,23 @@ class Shared:
         if sizes[0] != -sizes[1]:
             raise SharedUnavailable(f"nodes hold different numbers of ranks ({-sizes[1]} to {sizes[0]})")
 
+    def _common_kernels(self) -> Any:
+        """Return the C kernels when all ranks of the node have them: they must meet in one way."""
+        own = kernels()
+        every = np.array([hasattr(own, "meet")], np.int64)
+        self.node.Allreduce(MPI.IN_PLACE, every, MPI.MIN)
+        return own if every[0] else None
+
+    def _cores(self) -> int:
+        """Return how many cores the ranks of this node may use together."""
+        held = np.zeros(4096, np.uint8)
+        held[[core for core in os.sched_getaffinity(0) if core < held.size]] = 1
+        self.node.Allreduce(MPI.IN_PLACE, held, MPI.MAX)
+        quota = cpu_quota()
+        return int(held.sum() if quota is None else min(held.sum(), quota))
+
     def empty(self, size: int, dtype: Any) -> np.ndarray:
-        """Return a zeroed (size,) array that the ranks of this node read in place.
+        """Return a zeroed (size,) array that the ranks of this node reach in place.
 
         Collective over the ranks. Raises SharedUnavailable on all ranks when the memory is not to be had.
         """
@@ -131,44 +169,43 @@ class Shared:
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
         """Sum over the ranks; this rank gets the sum of part `self.part`, in place.
 
-        Collective over the ranks. As `Ring.reduce_scatter`, but for the order of the parts.
+        Collective over the ranks. As `Ring.reduce_scatter`, but for the order of the parts, and for an array made by
+        `empty` its neighbours may still be reading their parts of it afterwards: until the next `all_gather` or
+        `all_reduce` a rank writes its own part only (or what can only reach sums that nobody uses).
         """
         window = self._find(array)
         if window is None:
             self._on_ring().reduce_scatter(array, self._in_rank_order(bounds), words)
             return
-        share, inner = self._reduce_on_node(window, array, bounds, words)
+        plan = self._reduce_on_node(window, array, bounds, words)
         if self._cross.size > 1:
-            self._cross.reduce_scatter(share, inner, words)
-        self._meet(window)
+            self._cross.reduce_scatter(plan.share, plan.inner, words)
 
     def start_reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> Any:
         """Sum over the ranks of the node, start to sum over the nodes, and return that, to `wait()` for.
 
-        Collective over the ranks: waits for the ranks of the node, not for other nodes. Until the wait has returned
-        the ranks of the node read `array`. Waits come in the order of the starts, with no start between them.
+        Collective over the ranks: waits for the ranks of the node, not for other nodes. Waits come in the order of the
+        starts. What is said of `array` at `reduce_scatter` holds here.
         """
         window = self._find(array)
         if window is None:
             return self._on_ring().start_reduce_scatter(array, self._in_rank_order(bounds), words)
-        share, inner = self._reduce_on_node(window, array, bounds, words)
-        return _Later(self._cross.start_reduce_scatter(share, inner, words), lambda: self._meet(window))
+        plan = self._reduce_on_node(window, array, bounds, words)
+        return self._cross.start_reduce_scatter(plan.share, plan.inner, words)
 
-    def _reduce_on_node(self, window: "_Window", array: np.ndarray, bounds: Bounds,
-                        words: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Sum this local rank's share of `array`, and `words`, over the node; return the share and its bounds."""
-        sources, _, share, inner = self._plan(window, array, bounds)
+    def _reduce_on_node(self, window: "_Window", array: np.ndarray, bounds: Bounds | None, words: np.ndarray | None,
+                        everywhere: bool = False) -> "_Plan":
+        """Sum this local rank's share of `array`, and `words`, over the node, and return the array's plan.
+
+        `everywhere`: into the memory of all ranks of the node, else into this one's.
+        """
+        plan = self._plan(window, array, bounds)
+        _, word_slots = self._fill(None, words)
+        self._meet()
+        self._sum(plan.shares if everywhere else plan.shares[:1], plan.shares)
         if words is not None:
-            self._words[self.local_rank][:words.size] = words
-        self._meet(window)
-        for piece, others in sources:
-            for other in others:
-                np.add(piece, other, piece)
-        if words is not None:
-            words[:] = self._words[0][:words.size]
-            for slot in self._words[1:]:
-                words += slot[:words.size]
-        return share, inner
+            self._sum((words,), word_slots)
+        return plan
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
         """Copy every rank's part to all ranks, in place. Collective over the ranks."""
@@ -177,9 +214,8 @@ class Shared:
             self._on_ring().all_gather(array, self._in_rank_order(bounds))
             return
         plan = self._plan(window, array, bounds)
-        _, _, share, inner = plan
         if self._cross.size > 1:
-            self._cross.all_gather(share, inner)
+            self._cross.all_gather(plan.share, plan.inner)
         self._spread(window, plan)
 
     def start_all_gather(self, array: np.ndarray, bounds: Bounds) -> Any:
@@ -191,13 +227,14 @@ class Shared:
         if window is None:
             return self._on_ring().start_all_gather(array, self._in_rank_order(bounds))
         plan = self._plan(window, array, bounds)
-        return _Later(self._cross.start_all_gather(plan[2], plan[3]), lambda: self._spread(window, plan))
+        return _Later(self._cross.start_all_gather(plan.share, plan.inner), lambda: self._spread(window, plan))
 
     def start_gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> Any:
         """Start a `gather_towards` and return it, as `start_all_gather`. Collective over the ranks."""
         window = self._window_of(array)
         plan = self._plan(window, array, bounds)
-        return _Later(self._cross.start_gather_towards(plan[2], plan[3], kept), lambda: self._spread(window, plan))
+        across = self._cross.start_gather_towards(plan.share, plan.inner, kept)
+        return _Later(across, lambda: self._spread(window, plan))
 
     def advance(self) -> bool:
         """Take what was started as far as it goes without waiting; return whether nothing is under way. Local."""
@@ -211,8 +248,7 @@ class Shared:
         """
         window = self._window_of(array)
         plan = self._plan(window, array, bounds)
-        _, _, share, inner = plan
-        self._cross.gather_towards(share, inner, kept)
+        self._cross.gather_towards(plan.share, plan.inner, kept)
         self._spread(window, plan)
 
     def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
@@ -220,49 +256,53 @@ class Shared:
 
         Collective over the ranks. `array` and `out` are arrays made here.
         """
-        _, _, share, inner = self._plan(self._window_of(array), array, bounds)
-        _, _, share_out, _ = self._plan(self._window_of(out), out, bounds)
-        self._cross.settle(share, inner, share_out)
+        plan = self._plan(self._window_of(array), array, bounds)
+        self._cross.settle(plan.share, plan.inner, self._plan(self._window_of(out), out, bounds).share)
         self.all_gather(out, bounds)
 
     def put_residual(self, array: np.ndarray, bounds: Bounds, owed: np.ndarray) -> None:
         """Keep of `owed` what `WireRing.put_residual` keeps of this rank's share. Local."""
-        _, _, share, inner = self._plan(self._window_of(array), array, bounds)
+        plan = self._plan(self._window_of(array), array, bounds)
         start = int(bounds[self.local_rank * self._cross.size])
-        self._cross.put_residual(share, inner, owed[start:start + share.size])
+        self._cross.put_residual(plan.share, plan.inner, owed[start:start + plan.share.size])
 
-    def _spread(self, window: "_Window", plan: tuple) -> None:
+    def _spread(self, window: "_Window", plan: "_Plan") -> None:
         """Let the ranks of the node have each other's finished shares."""
-        _, own, _, _ = plan
-        self._meet(window)
+        self._meet()
         if window.common:
             return
-        for mine, theirs in own:
+        for mine, theirs in plan.others:
             np.copyto(mine, theirs)
-        self._meet(window)
+        self._meet()
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
-        """Replace `array` by its sum over the ranks, with the same bits on all of them. Collective over the ranks."""
-        if self._find(array) is None:
-            if array.nbytes <= STAGE_BYTES and words is None:
-                self._all_reduce_small(array)
-            else:
-                self._on_ring().all_reduce(array, words)
-            return
-        bounds = [array.size * part // self.size for part in range(self.size + 1)]
-        self.reduce_scatter(array, bounds, words)
-        self.all_gather(array, bounds)
+        """Replace `array` by its sum over the ranks, with the same bits on all of them; `words` likewise.
 
-    def _all_reduce_small(self, array: np.ndarray) -> None:
-        slots = [memory[:array.nbytes].view(array.dtype) for memory in self._stage]
-        np.copyto(slots[self.local_rank], array)
-        self._meet(self._word_table)
-        np.copyto(array, slots[0])
-        for slot in slots[1:]:
-            array += slot
+        Collective over the ranks.
+        """
+        if array.nbytes <= STAGE_BYTES:
+            self._all_reduce_staged(array, words)
+            return
+        window = self._find(array)
+        if window is None:
+            self._on_ring().all_reduce(array, words)
+            return
+        one_node = self._cross.size == 1
+        plan = self._reduce_on_node(window, array, None, words, everywhere=one_node)
+        if not one_node:
+            self._cross.all_reduce(plan.share, words)
+            for share in plan.shares[1:]:
+                np.copyto(share, plan.share)
+        self._meet()
+
+    def _all_reduce_staged(self, array: np.ndarray, words: np.ndarray | None) -> None:
+        slots, word_slots = self._fill(array, words)
+        self._meet()
+        self._sum((array,), slots)
+        if words is not None:
+            self._sum((words,), word_slots)
         if self._cross.size > 1:
-            self._cross.all_reduce(array)
-        self._meet(self._word_table)
+            self._cross.all_reduce(array, words)
 
     def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
         """Return what `Ring.least_bytes` says of the ring between nodes, for arrays of which each rank carries a share.
@@ -282,7 +322,8 @@ class Shared:
     def free(self) -> None:
         """Give everything back; arrays made here must not be used any more. Collective over the ranks."""
         self._plans.clear()
-        self._stage = self._words = []
+        self._views.clear()
+        self._stage, self._marks = [], None
         for window in self._windows:
             window.free()
         self._cross.free()
@@ -292,11 +333,60 @@ class Shared:
 
     # ---- inside
 
-    def _meet(self, window: "_Window") -> None:
-        """Make this rank's writes visible, wait for all ranks of the node, and see theirs."""
-        window.win.Sync()
-        self.node.Barrier()
-        window.win.Sync()
+    def _meet(self) -> None:
+        """Wait for all ranks of the node, and see what they wrote before they came."""
+        if self.local_size == 1:
+            return
+        if self._kernels is None:
+            self._table.win.Sync()
+            self.node.Barrier()
+            self._table.win.Sync()
+            return
+        self._turn = (self._turn + 1) % 2**32
+        tries = 0
+        while not self._kernels.meet(self._marks, self.local_rank, self._turn, self._crowded or tries > PATIENCE):
+            self.node.Iprobe()  # messages of earlier calls may need it to move on; and Python handles signals here
+            tries += 1
+
+    def _sum(self, targets: tuple, sources: tuple) -> None:
+        """Make every target the sum of the sources in their order; the targets may be the sources, or the first one."""
+        if self._kernels is not None:
+            self._kernels.sum_arrays(targets, sources)
+            return
+        block = BLOCK_BYTES // targets[0].itemsize
+        for start in range(0, targets[0].size, block):
+            piece = slice(start, start + block)
+            total = targets[0][piece]
+            if targets[0] is not sources[0]:
+                np.copyto(total, sources[0][piece])
+            for source in sources[1:]:
+                np.add(total, source[piece], total)
+            for target in targets[1:]:
+                np.copyto(target[piece], total)
+
+    def _fill(self, array: np.ndarray | None, words: np.ndarray | None) -> tuple[tuple | None, tuple | None]:
+        """Put this rank's numbers on the stage; return those of all local ranks, to be read after the next meeting."""
+        self._half = 1 - self._half
+        parts = []
+        for values, start in ((array, 8 * WORDS), (words, 0)):
+            slots = None
+            if values is not None:
+                slots = self._slots(values, start)
+                np.copyto(slots[self.local_rank], values)
+            parts.append(slots)
+        return parts[0], parts[1]
+
+    def _slots(self, values: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
+        """Return for every local rank a view like `values` of the present half of its stage, from byte `start` on."""
+        key = (self._half, start, values.dtype.char, values.size)
+        slots = self._views.get(key)
+        if slots is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            where = slice(start, start + values.nbytes)
+            slots = tuple(memory[self._half, where].view(values.dtype) for memory in self._stage)
+            self._views[key] = slots
+        return slots
 
     def _find(self, array: np.ndarray) -> "_Window | None":
         address = array.__array_interface__["data"][0]
@@ -322,32 +412,46 @@ class Shared:
             raise SharedUnavailable("ordinary arrays in parts between several nodes: make them with `empty`")
         return bounds
 
-    def _plan(self, window: "_Window", array: np.ndarray, bounds: Bounds) -> tuple:
-        """Views that a phase works on, prepared once per (array, bounds)."""
+    def _plan(self, window: "_Window", array: np.ndarray, bounds: Bounds | None) -> "_Plan":
+        """Views that a phase works on, prepared once per (array, bounds); None: equal shares."""
         address = array.__array_interface__["data"][0]
-        where = bounds.tobytes() if isinstance(bounds, np.ndarray) else tuple(bounds)
-        key = (address, array.dtype.char, where)
+        if bounds is None:
+            where: Any = None
+        else:
+            where = bounds.tobytes() if isinstance(bounds, np.ndarray) else tuple(bounds)
+        key = (address, array.size, array.dtype.char, where)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._make_plan(window, array, [int(b) for b in bounds], address)
+            if bounds is None:
+                bounds = [array.size * part // self.size for part in range(self.size + 1)]
+            plan = self._plans[key] = _Plan(self, window, array, [int(b) for b in bounds], address)
         return plan
 
-    def _make_plan(self, window: "_Window", array: np.ndarray, bounds: list[int], address: int) -> tuple:
-        nodes, offset = self._cross.size, address - window.start
+
+class _Plan:
+    """The views of one array that this rank works on.
+
+    share : the run of parts of this local rank in its own memory; shares : in the memory of all local ranks, this one
+        first.
+    others : pairs of the other local ranks' runs, in this rank's memory and in theirs.
+    inner : bounds of the parts within the share.
+    """
+
+    def __init__(self, shared: Shared, window: "_Window", array: np.ndarray, bounds: list[int], address: int):
+        nodes, me, offset = shared._cross.size, shared.local_rank, address - window.start
+        cuts = bounds[::nodes]
+        run = slice(cuts[me], cuts[me + 1])
+        self.share = array[run]
+        self.inner = np.array(bounds[me * nodes:(me + 1) * nodes + 1], np.int64) - cuts[me]
+        self.shares, self.others = (self.share,), []
+        if window.common:
+            return
         neighbours = [memory[offset:offset + array.nbytes].view(array.dtype) for memory in window.memories]
-        cuts = bounds[::nodes]  # shares of the local ranks
-        start, stop = cuts[self.local_rank], cuts[self.local_rank + 1]
-        block = max(1, BLOCK_BYTES // array.itemsize)
-        sources = []
-        if not window.common:
-            for at in range(start, stop, block):
-                piece = slice(at, min(at + block, stop))
-                others = [n[piece] for r, n in enumerate(neighbours) if r != self.local_rank]
-                sources.append((array[piece], others))
-        own = [(array[cuts[r]:cuts[r + 1]], neighbours[r][cuts[r]:cuts[r + 1]])
-               for r in range(self.local_size) if r != self.local_rank and not window.common]
-        inner = np.array(bounds[self.local_rank * nodes:(self.local_rank + 1) * nodes + 1], np.int64) - start
-        return sources, own, array[start:stop], inner
+        for rank in range(shared.local_size):
+            if rank != me:
+                self.shares += (neighbours[rank][run],)
+                theirs = slice(cuts[rank], cuts[rank + 1])
+                self.others.append((array[theirs], neighbours[rank][theirs]))
 
 
 class _Later:

@@ -1,4 +1,5 @@
-/* The float32 operations of ops/host.py as single passes over their arrays, called with any buffers of the right type.
+/* The float32 operations of ops/host.py as single passes over their arrays, called with any buffers of the right type;
+   what the ranks of a node do in their shared memory is in _fused_node.h.
 
    Each argument is checked (element type, shape, row stride, alignment), so that a wrong call raises and never writes
    astray. The kernels are compiled once for the baseline and, on x86-64, once for AVX2 with FMA and F16C; the choice is
@@ -63,6 +64,12 @@ typedef struct {
 } Matrix;
 
 typedef struct {
+    char *data;
+    Index rows, cols, ld, size;
+    Py_buffer view;
+} Array;
+
+typedef struct {
     void (*bias_activation)(int, Matrix, const float *, Matrix);
     void (*activation_backward)(int, Matrix, Matrix, Matrix, float *);
     void (*cross_entropy)(Matrix, const int32_t *, const float *, Matrix, float, const float *, double *, double *);
@@ -84,6 +91,8 @@ typedef struct {
     void (*adagrad)(float *, const float *, float *, Index, float, float, float, float);
     void (*ema)(float *, const float *, float, Index);
     void (*wire)(int, int, uint8_t *, float *, float *, Index);
+    void (*sum_float)(const Array *, int, const Array *, int);
+    void (*sum_double)(const Array *, int, const Array *, int);
 } Kernels;
 
 static inline uint64_t splitmix64(uint64_t key)
@@ -124,12 +133,6 @@ static inline uint64_t splitmix64(uint64_t key)
 static const Kernels *kernels = &baseline_kernels; /* set once, when the module loads */
 
 /* Arguments */
-
-typedef struct {
-    char *data;
-    Index rows, cols, ld, size;
-    Py_buffer view;
-} Array;
 
 #define MAX_ARRAYS 8
 typedef struct {
@@ -606,12 +609,17 @@ METHOD(wire)
     Py_RETURN_NONE;
 }
 
+#include "_fused_node.h"
+
 #define ENTRY(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 static PyMethodDef methods[] = {
     ENTRY(bias_activation), ENTRY(activation_backward), ENTRY(column_sum), ENTRY(cross_entropy), ENTRY(mean_loss),
     ENTRY(layer_norm), ENTRY(layer_norm_backward), ENTRY(dropout_mask), ENTRY(dropout), ENTRY(gather),
     ENTRY(add_scaled), ENTRY(sum_squares), ENTRY(finite), ENTRY(checksum), ENTRY(sgd), ENTRY(adam),
-    ENTRY(adam_direction), ENTRY(rmsprop), ENTRY(adagrad), ENTRY(ema), ENTRY(wire),
+    ENTRY(adam_direction), ENTRY(rmsprop), ENTRY(adagrad), ENTRY(ema), ENTRY(wire), ENTRY(sum_arrays),
+#ifdef HAVE_MEET
+    ENTRY(meet),
+#endif
     {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef definition = {

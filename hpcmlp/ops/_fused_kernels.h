@@ -544,11 +544,47 @@ static void NAME(adagrad)(float *p, const float *g, float *s, Index n, float rat
 
 static void NAME(ema)(float *e, const float *p, float gain, Index n) { LOOPS(e[j] += gain * (p[j] - e[j])) }
 
+/* Sum of the sources in their order, element by element, written to every target; a target may be one of the sources.
+   Tile by tile, so that the running sum stays in the first cache and memory is read once and written once. */
+#define SUM_OF(type) \
+static void NAME(sum_##type)(const Array *target, int targets, const Array *source, int sources) \
+{ \
+    type sum[TILE]; \
+    for (Index start = 0; start < source->size; start += TILE) { \
+        Index n = source->size - start < TILE ? source->size - start : TILE; \
+        const type *a = (const type *)source[0].data + start; \
+        const type *b = (const type *)source[sources > 1].data + start; \
+        if (sources == 2 && targets == 1) { \
+            type *to = (type *)target[0].data + start; \
+            LOOPS(to[j] = a[j] + b[j]) \
+            continue; \
+        } \
+        if (sources == 2 && targets == 2) { \
+            type *to = (type *)target[0].data + start, *too = (type *)target[1].data + start; \
+            LOOPS(type s = a[j] + b[j]; to[j] = s; too[j] = s) \
+            continue; \
+        } \
+        if (sources == 1) \
+            memcpy(sum, a, (size_t)n * sizeof(type)); \
+        else \
+            LOOPS(sum[j] = a[j] + b[j]) \
+        for (int k = 2; k < sources; k++) { \
+            const type *next = (const type *)source[k].data + start; \
+            LOOPS(sum[j] += next[j]) \
+        } \
+        for (int k = 0; k < targets; k++) \
+            memcpy((type *)target[k].data + start, sum, (size_t)n * sizeof(type)); \
+    } \
+}
+SUM_OF(float)
+SUM_OF(double)
+#undef SUM_OF
+
 #include "_fused_wire.h"
 
 static const Kernels NAME(kernels) = {
     NAME(bias_activation), NAME(activation_backward), NAME(cross_entropy), NAME(mean_loss), NAME(layer_norm),
     NAME(layer_norm_backward), NAME(dropout_mask), NAME(dropout), NAME(gather_uint8_t), NAME(gather_float),
     NAME(add_scaled), NAME(sum_squares), NAME(finite), NAME(checksum), NAME(sgd), NAME(adam), NAME(adam_direction),
-    NAME(rmsprop), NAME(adagrad), NAME(ema), NAME(wire),
+    NAME(rmsprop), NAME(adagrad), NAME(ema), NAME(wire), NAME(sum_float), NAME(sum_double),
 };

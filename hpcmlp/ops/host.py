@@ -6,6 +6,7 @@ What each operation writes is said in `plain.py`.
 """
 
 import os
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,11 @@ ACTIVATION_CODE = {kind: code for code, kind in enumerate(activations.KINDS)}  #
 MEAN_LOSS_CODE = {"binary_cross_entropy": 0, "mean_squared": 1, "mean_absolute": 2, "huber": 3}
 
 
+def kernels() -> Any:
+    """Return the module of C kernels, or None where it is not built or HPCMLP_FUSED is 0. Local."""
+    return None if os.environ.get("HPCMLP_FUSED", "1") == "0" else _fused
+
+
 class HostOps(BlockedOps):
     """The operations on NumPy arrays.
 
@@ -39,9 +45,7 @@ class HostOps(BlockedOps):
         super().__init__()
         if fused and _fused is None:
             raise ImportError("the C extension hpcmlp.ops._fused is not built; install with a C compiler or use NumPy")
-        if fused is None:
-            fused = _fused is not None and os.environ.get("HPCMLP_FUSED", "1") != "0"
-        self.fused = bool(fused)
+        self.fused = kernels() is not None if fused is None else bool(fused)
 
     def gather(self, source, rows, out, shift=None, scale=None):
         if self.fused and out.dtype is FLOAT32 and source.dtype in GATHERED:

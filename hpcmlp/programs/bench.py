@@ -2,14 +2,17 @@
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm import COLLECTIVES, check_wire, messages, open_exchange
+from hpcmlp.comm import check_wire, make_collective, messages, open_exchange
 from hpcmlp.comm.agreement import agreed
+from hpcmlp.comm.shared import SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import BenchConfig, flag
 from hpcmlp.data.samples import Batch
@@ -24,9 +27,8 @@ from hpcmlp.sync.step import Step, hidden_share
 
 ROWS = 8192  # made-up samples a rank draws its batches from
 ACTS_ON = {"sizes": ("step", "gemm"), "global_batch_size": ("step", "gemm", "io"), "sync": ("step",),
-           "servers": ("step",), "wire": ("step",), "overlap": ("step",), "bucket_mb": ("step",), "optimizer": ("step",),
-           "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
-COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
+           "servers": ("step",), "bytes": ("comm",), "wire": ("step",), "overlap": ("step",), "bucket_mb": ("step",),
+           "optimizer": ("step",), "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
 
 
 def main(config: BenchConfig, comm: Any) -> int:
@@ -197,20 +199,60 @@ def time_gemm(config: BenchConfig, topology: Topology) -> dict[str, Any]:
 
 
 def time_comm(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
-    """Return the time of an all-reduce for each algorithm and size. Collective."""
+    """Return the time of an all-reduce by each algorithm, of copying memory and of a message, over sizes. Collective.
+
+    algorithm : "shared" and "ring", ours; "native", MPI_Reduce_scatter and MPI_Allgatherv, which a step uses with
+        --sync native; "MPI_Allreduce", the library's own; "copy", np.copyto of as many bytes by all ranks at once;
+        "message", half a round trip between the first and the last rank.
+    us : median over calls of the slowest rank's time, microseconds; gb_per_s : bytes of the array / us.
+    of_copy : the copy's time / that of the algorithm, None for messages. On a node of P ranks an all-reduce of n bytes
+        must read its share of P arrays, P n/P = n bytes on each rank, and write the sum into all of them, again n
+        bytes: what the copy reads and writes. So 1 is the bound that memory sets, whatever way the numbers take.
+    """
     rows = []
-    for num_bytes in COMM_BYTES:
-        count = max(5, min(config.steps, int(2e8 / max(num_bytes, 2e5))))
-        for algorithm in COLLECTIVES:
-            exchange = open_exchange(algorithm, topology, num_bytes // 4, np.float32)
-            array = exchange.grads
-            us = 1e3 * _median(topology, lambda c=exchange.collective, a=array: c.all_reduce(a), 2 * count, skip=count)
-            rows.append({"algorithm": exchange.name, "bytes": num_bytes, "ranks": topology.size, "us": us,
-                         "gb_per_s": num_bytes / us / 1e3})
-            del array
-            exchange.params = exchange.grads = None
-            exchange.collective.free()
+    for num_bytes in (4 * (size // 4) for size in config.bytes):
+        actions, opened = _comm_actions(topology, num_bytes // 4)
+        count = max(2, min(config.steps, int(2e7 / max(num_bytes, 1e5))))
+        times: dict[str, list[float]] = {name: [] for name in actions}
+        for _ in range(3):  # in turn, so that a change of the machine's speed meets all
+            for name, action in actions.items():
+                times[name].append(1e3 * _median(topology, action, 2 * count, skip=count))
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        medians |= {name: us / 2 for name, us in medians.items() if name == "message"}
+        for name, us in medians.items():
+            rows.append({"algorithm": name, "bytes": num_bytes, "ranks": topology.size, "us": us,
+                         "gb_per_s": num_bytes / us / 1e3,
+                         "of_copy": None if name == "message" else medians["copy"] / us})
+        actions.clear()
+        for collective in opened:
+            collective.free()
     return rows
+
+
+def _comm_actions(topology: Topology, size: int) -> tuple[dict[str, Callable[[], None]], list[Any]]:
+    """Return what `time_comm` times, by name, for float32 arrays of `size`, and the collectives to free after it."""
+    actions: dict[str, Callable[[], None]] = {}
+    opened = [make_collective("ring", topology), make_collective("native", topology)]
+    array, native = opened[0].empty(size, np.float32), opened[1]
+    bounds = np.arange(topology.size + 1) * size // topology.size
+
+    def in_halves() -> None:
+        native.reduce_scatter(array, bounds)
+        native.all_gather(array, bounds)
+
+    try:
+        shared = make_collective("shared", topology)
+        opened.append(shared)
+        actions["shared"] = partial(shared.all_reduce, shared.empty(size, np.float32))
+    except SharedUnavailable as reason:
+        if topology.rank == 0:
+            print(f"bench comm: shared is left out for {4 * size:,} bytes: {reason}", file=sys.stderr)
+    actions |= {"ring": partial(opened[0].all_reduce, array), "native": in_halves,
+                "MPI_Allreduce": partial(messages.sum_in_place, topology.comm, array),
+                "copy": partial(np.copyto, np.zeros_like(array), np.ones_like(array))}
+    if topology.size > 1:
+        actions["message"] = partial(messages.there_and_back, topology.comm, array, topology.size - 1)
+    return actions, opened
 
 
 def time_io(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 import hpcmlp
-from hpcmlp.comm import check_wire, messages, open_exchange
+from hpcmlp.comm import check_wire, messages, open_exchange, rule
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import TrainConfig, flag, to_toml
@@ -250,7 +250,7 @@ class Training:
         c, m, ops, topology = self.config, self.manifest, self.ops, self.topology
         rows = max(-(-self.loader.local_rows_max // c.accumulate), min(EVALUATION_ROWS, m.rows("val")))
         layout = self.spec.layout()
-        self.exchange = open_exchange(c.sync, topology, layout.size, np.float32, own_params=c.full_update,
+        self.exchange = open_exchange(self._sync(), topology, layout.size, np.float32, own_params=c.full_update,
                                       wire=c.wire, servers=c.servers or 1)
         on_host = c.device == "cpu"
         self.plan = self._plan_buckets(layout.size)
@@ -311,6 +311,25 @@ class Training:
                                self.loader if self.topology.rank in self.roles.workers else None,
                                staleness=staleness, staleness_lr=c.staleness_lr, learning_rate=self.schedule.lr,
                                timeout_s=c.worker_timeout or DEFAULT_TIMEOUT_S)
+
+    def _sync(self) -> str:
+        """Return the collectives to open: where "auto" would try, a resumed run keeps those that it had.
+
+        Sums over ranks differ in rounding between collectives, and a trial need not end twice alike. Ranks on other
+        nodes, or in other numbers, change the order of sums anyway: then it tries again.
+        """
+        c, t = self.config, self.topology
+        if not (c.resume and c.sync == "auto" and rule(t, c.wire)[0] is None):
+            return c.sync
+        name = b"auto"
+        with agreed(self.comm):
+            if self.directory is not None:
+                from hpcmlp.run import checkpoint
+                state, _ = checkpoint.newest_good(c.out)
+                had = {} if state is None else state.meta.get("sync", {})
+                if (had.get("ranks"), had.get("nodes")) == (t.size, t.num_nodes):
+                    name = had["name"].encode()
+        return messages.broadcast_bytes(self.comm, name if self.comm.rank == 0 else None).decode()
 
     def _on_device(self, values: list[float] | None) -> Any:
         """Return float32 `values` where the arithmetic runs."""
@@ -388,7 +407,7 @@ class Training:
         return [("hpcmlp", hpcmlp.__version__),
                 ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}; {cores} cores and {threads} BLAS "
                           f"thread(s) for rank 0"),
-                ("MPI", f"{width}, sync {self.exchange.name}"
+                ("MPI", f"{width}, sync {self.exchange.name}{self.exchange.why and f' ({self.exchange.why})'}"
                         f"{f', {self.exchange.wire} on the wire' if self.exchange.wire != 'float32' else ''}"
                         f"{', whole update' if c.full_update else ''}{self._overlap_text()}{self._about_servers()}"),
                 ("device", c.device + (f", fused kernels {'on' if self.ops.fused else 'off'}"
@@ -718,6 +737,7 @@ class Training:
         return {"config": _listed(asdict(self.config)), "network": asdict(self.spec), "loss": self.loss.metadata(),
                 "data": os.path.abspath(self.config.data), "dataset_digest": m.digest(),
                 "versions": versions(), **self._storage(),
+                "sync": {"name": self.exchange.name, "ranks": self.topology.size, "nodes": self.topology.num_nodes},
                 "model": {**model, "preprocessing_digest": m.preprocessing_digest()}}
 
     def _storage(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Bytes that a rank hands to MPI: counted message by message as they start, against what the algorithms promise."""
 
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_an_even_ring_sends_two_times_p_minus_1_parts_and_not_a_byte_more(comm, 
 def test_an_uneven_ring_sends_every_element_as_often(comm, counter, elements):
     """All ranks together 2 (P-1) x elements x width, however the parts are cut; nobody more than all but the least."""
     size = comm.size
-    made = make_ring(CountedComm(comm, counter), limit_bytes=4096)
+    made = make_ring(CountedComm(comm, counter), limit_bytes=4096, small_bytes=0)
     array = np.ones(elements, np.float32)
     bounds = np.sort(np.random.default_rng([elements, size]).integers(0, elements + 1, size + 1))
     bounds[0], bounds[-1] = 0, elements
@@ -159,7 +160,7 @@ def test_the_node_scheme_sends_its_share_between_nodes_and_nothing_inside(comm, 
     for per_node in (n for n in range(1, size + 1) if size % n == 0):
         nodes = size // per_node
         topology = NodesOf(comm, per_node, counter)
-        made = Shared(topology)
+        made = Shared(topology, partial(ring.Ring, small_bytes=0))
         elements = 1024 * size
         array, params = made.empty(elements, np.float32), made.common(elements, np.float32)
         bounds = [1024 * part for part in range(size + 1)]

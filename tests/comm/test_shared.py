@@ -1,7 +1,11 @@
 """Shared memory inside a node, ring between nodes: the plain sum, the same bits everywhere, one copy where promised."""
 
+import os
+import time
+
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from hpcmlp.comm import shared
 from hpcmlp.comm.shared import STAGE_BYTES, Shared, SharedUnavailable
@@ -141,3 +145,80 @@ def test_memory_is_given_back(comm):
         if turn == 4:
             before = mapped()
     assert mapped() <= before + 10  # three windows a turn would have added 45
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_with_and_without_c_kernels_the_bits_are_the_same(comm, dtype):
+    # Mixed magnitudes show the order of a sum; denormal numbers show flushing.
+    random = np.random.default_rng(comm.rank)
+    tiny = np.finfo(dtype).tiny
+    for topology in topologies(comm):
+        for length in (1, 7, 2047, 2049, STAGE_BYTES // 4 + 1, 70_001):
+            values = (random.standard_normal(length) * 10.0 ** random.integers(-6, 7, length)).astype(dtype)
+            values[:length // 3] = tiny * random.random(length // 3)
+            control, results = random.standard_normal(5), []
+            for fused in (True, False):
+                collective = Shared(topology, fused=fused)
+                array, words = collective.empty(length, dtype), control.copy()
+                array[:] = values
+                collective.all_reduce(array, words)
+                every, summed = array.copy(), words.copy()
+                bounds = bounds_of(length, comm.size)
+                collective.all_gather(array, bounds)    # nobody reads this array any more
+                array[:] = values
+                collective.reduce_scatter(array, bounds)
+                own = array[bounds[collective.part]:bounds[collective.part + 1]].copy()
+                results.append((every.tobytes(), summed.tobytes(), own.tobytes()))
+                collective.free()
+            assert results[0] == results[1]
+
+
+@pytest.mark.mpi
+def test_a_rank_that_comes_late_is_waited_for(comm):
+    # Longer than a rank looks (0.2 ms), longer than it looks before it sleeps (5 ms), and every rank once.
+    collective = Shared(Topology(comm))
+    for pause in (0.0, 0.001, 0.02):
+        for late in range(comm.size):
+            if comm.rank == late:
+                time.sleep(pause)
+            array = np.full(3, comm.rank + 1.0)
+            collective.all_reduce(array)
+            assert (array == comm.size * (comm.size + 1) / 2).all()
+    collective.free()
+
+
+@pytest.mark.mpi
+def test_many_meetings_keep_ranks_in_step(comm):
+    """Ranks that come at changing times never see a number of an earlier or later call."""
+    collective = Shared(Topology(comm))
+    collective._turn = 2**32 - 150      # the counters start anew on the way
+    collective._marks[collective.local_rank, ::2] = 2**32 - 150
+    comm.Barrier()
+    array, big = np.zeros(2), collective.empty(5000, np.float32)
+    for call in range(300):
+        if (call + comm.rank) % 7 == 0:
+            os.sched_yield()
+        array[:] = call
+        collective.all_reduce(array)
+        assert (array == comm.size * call).all()
+        if call % 10 == 0:
+            big[:] = call
+            collective.all_reduce(big)
+            assert (big == comm.size * call).all()
+    collective.free()
+
+
+@pytest.mark.mpi
+def test_a_message_under_way_does_not_stop_a_meeting(comm):
+    """A rank that waits on the node lets MPI go on, or a large message of its own would never leave it."""
+    collective = Shared(Topology(comm))
+    out, into = np.full(1 << 18, float(comm.rank)), np.empty(1 << 18)
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    requests = [comm.Isend(out, right), comm.Irecv(into, left)]
+    if comm.rank % 2:
+        MPI.Request.Waitall(requests)
+    collective.all_reduce(np.zeros(1))
+    MPI.Request.Waitall(requests)
+    assert (into == left).all()
+    collective.free()

@@ -1,0 +1,66 @@
+"""The fastest collectives for a run, by a short trial where nothing else can tell.
+
+Tried is what a step does: a reduce-scatter of the gradients and an all-gather of the parameters, on vectors as long as
+the run's, or, where that would take too long, as long as the time allows. The time of a call is that of its slowest
+rank, which all ranks learn, so all take the same decision from the same numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.comm import messages
+from hpcmlp.comm.shared import SharedUnavailable
+
+BUDGET_S = 0.05         # that a trial may take, about
+CALLS = 3               # timed calls of each candidate, of which the fastest counts
+FIRST_ELEMENTS = 1 << 10
+GROWTH = 8
+
+
+def fastest(make: Callable[[str, int], Any], names: Sequence[str], comm: Any, size: int) -> tuple[str, str]:
+    """Return the fastest of the collectives `names` for vectors of `size` elements, and the figures as a sentence.
+
+    Collective over `comm`. `make(name, elements)` opens a `comm.Exchange`; where it raises SharedUnavailable that one
+    is left out (the last of `names` must not).
+    """
+    elements = _affordable(make, names[-1], comm, size)
+    seconds, missing = {}, ""
+    for name in names:
+        try:
+            seconds[name] = _time(make, name, comm, elements, CALLS)
+        except SharedUnavailable as reason:
+            missing = f"; no {name}: {reason}"
+    ordered = sorted(seconds, key=seconds.get)
+    figures = ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in ordered)
+    of = "" if elements == size else f" for the first {elements:,} of {size:,} numbers"
+    return ordered[0], f"by trial{of}: {figures}{missing}"
+
+
+def _affordable(make: Callable[[str, int], Any], name: str, comm: Any, size: int) -> int:
+    """Return how many elements can be tried: `size`, or as many as fit in a candidate's share of the time."""
+    elements = min(size, FIRST_ELEMENTS)
+    while elements < size and _time(make, name, comm, elements, 1) * GROWTH < BUDGET_S / (4 * CALLS):
+        elements = min(size, GROWTH * elements)
+    return elements
+
+
+def _time(make: Callable[[str, int], Any], name: str, comm: Any, elements: int, calls: int) -> float:
+    """Return the seconds of the fastest of `calls` steps' communication, the same number on all ranks."""
+    exchange = make(name, elements)
+    bounds = np.arange(comm.size + 1) * elements // comm.size
+    best, took = np.inf, np.zeros(1)
+    for call in range(calls + 1):
+        messages.barrier(comm)
+        begin = perf_counter()
+        exchange.collective.reduce_scatter(exchange.grads, bounds)
+        exchange.collective.all_gather(exchange.params, bounds)
+        took[0] = perf_counter() - begin
+        messages.max_in_place(comm, took)
+        if call:    # the first one prepares messages and touches memory
+            best = min(best, float(took[0]))
+    collective, exchange.params, exchange.grads = exchange.collective, None, None
+    collective.free()
+    return best
