@@ -261,6 +261,8 @@ class BenchConfig:
                                      "default as for train)")
     optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule (step)")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs (step)")
+    bytes: tuple = option((4, 2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26), kind=int, many=True, low=4,
+                          help="sizes of the arrays (comm)")
     data: str | None = option(None, help="data set directory made by prepare (io)", metavar="DIR")
     memory_limit: float | None = option(None, kind=float, above=0.0, help="memory for the samples of one rank while "
                                         "streaming, MiB (io; default: half of what a rank holds)", metavar="MIB")

@@ -27,9 +27,8 @@ from hpcmlp.sync.step import Step, hidden_share
 
 ROWS = 8192  # made-up samples a rank draws its batches from
 ACTS_ON = {"sizes": ("step", "gemm"), "global_batch_size": ("step", "gemm", "io"), "sync": ("step",),
-           "servers": ("step",), "wire": ("step",), "overlap": ("step",), "bucket_mb": ("step",), "optimizer": ("step",),
-           "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
-COMM_BYTES = (4, 1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
+           "servers": ("step",), "bytes": ("comm",), "wire": ("step",), "overlap": ("step",), "bucket_mb": ("step",),
+           "optimizer": ("step",), "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
 
 
 def main(config: BenchConfig, comm: Any) -> int:
@@ -57,8 +56,8 @@ def _check(config: BenchConfig, size: int) -> None:
             raise ConfigError(f"--servers {config.servers} has no effect with --sync {config.sync} on {size} ranks; it "
                               "belongs to --sync server with at least as many ranks.")
         if config.overlap and config.sync == "native":
-            raise ConfigError("--overlap has no effect with --sync native, which sends nothing while it computes; leave "
-                              "one out.")
+            raise ConfigError("--overlap has no effect with --sync native, which sends nothing while it computes; "
+                              "leave one out.")
     if len(config.sizes) < 2:
         raise ConfigError(f"--sizes {','.join(map(str, config.sizes))}: give at least two widths, input and output.")
     if config.what == "io" and config.data is None:
@@ -159,7 +158,7 @@ def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
 
 
 def _mean(topology: Topology, action: Callable[[], None], count: int, finish: Callable[[], None]) -> float:
-    """Return the mean time of `count` calls, with the end of what they leave under way; slowest rank, ms. Collective."""
+    """Return the mean time of `count` calls, and the end of what they leave under way; slowest rank, ms. Collective."""
     messages.barrier(topology.comm)
     begin = time.perf_counter()
     for _ in range(count):
@@ -211,7 +210,7 @@ def time_comm(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
         bytes: what the copy reads and writes. So 1 is the bound that memory sets, whatever way the numbers take.
     """
     rows = []
-    for num_bytes in COMM_BYTES:
+    for num_bytes in (4 * (size // 4) for size in config.bytes):
         actions, opened = _comm_actions(topology, num_bytes // 4)
         count = max(2, min(config.steps, int(2e7 / max(num_bytes, 1e5))))
         times: dict[str, list[float]] = {name: [] for name in actions}

@@ -180,6 +180,16 @@ def wrong_calls():
         "vector length": lambda c: c.adam(v, v[:5], v, v, *[0.0] * 9),
         "vector stride": lambda c: c.ema(v[::2], v[:3], 0.5),
         "state": lambda c: c.sgd(v, v, v[:5], *[0.1] * 3, 0, 0.0, 1.0),
+        "sum of nothing": lambda c: c.sum_arrays((v,), ()),
+        "sum of a list": lambda c: c.sum_arrays([v], (v,)),
+        "sum lengths": lambda c: c.sum_arrays((v,), (v, v[:5])),
+        "sum types": lambda c: c.sum_arrays((v,), (v, np.zeros(6))),
+        "sum stride": lambda c: c.sum_arrays((v,), (np.zeros(12, F)[::2],)),
+        "sum of rows": lambda c: c.sum_arrays((m,), (m,)),
+        "sum into read-only": lambda c: c.sum_arrays((np.frombuffer(bytes(24), F),), (v,)),
+        "meeting of another width": lambda c: c.meet(np.zeros((1, 16), np.uint32), 0, 1, 0),
+        "meeting rank": lambda c: c.meet(np.zeros((2, 32), np.uint32), 2, 1, 0),
+        "meeting type": lambda c: c.meet(np.zeros((1, 32), np.int32), 0, 1, 0),
     }
 
 
@@ -188,6 +198,25 @@ def wrong_calls():
 def test_kernels_refuse_what_does_not_fit(name):
     with pytest.raises((ValueError, TypeError, IndexError, BufferError, OverflowError)):
         wrong_calls()[name](host._fused)
+
+
+@needs_fused
+@pytest.mark.parametrize("dtype", [F, np.float64])
+@pytest.mark.parametrize("sources", [1, 2, 3, 5])
+def test_sums_of_arrays_reach_every_target_in_the_order_of_the_sources(dtype, sources):
+    random = np.random.default_rng(sources)
+    for size in (0, 1, 2047, 2048, 2049, 40_000):
+        arrays = tuple((random.standard_normal(size) * 10.0 ** random.integers(-6, 7, size)).astype(dtype)
+                       for _ in range(sources))
+        expected = np.zeros(size, dtype)
+        for array in arrays:
+            expected = expected + array     # 0 + x is x: the order is that of the sources
+        apart = np.full(size, 7, dtype)
+        host._fused.sum_arrays((apart,), arrays)
+        np.testing.assert_array_equal(apart, expected)
+        host._fused.sum_arrays(arrays, arrays)      # in place, into all of them
+        for array in arrays:
+            np.testing.assert_array_equal(array, expected)
 
 
 @needs_fused

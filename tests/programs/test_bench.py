@@ -50,8 +50,24 @@ def test_json_is_all_that_is_printed(hpcmlp, what):
     assert all(result[key] > 0 for key in (["step_ms", "floor_ms"] if what == "step" else ["ms", "gflops_per_rank"]))
 
 
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_comm_has_a_row_per_algorithm_and_size(hpcmlp, ranks):
+    done = hpcmlp("bench", "comm", "--bytes", "4,40000", "--steps", 5, "--json", ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    names = ["shared", "ring", "native", "MPI_Allreduce", "copy"] + ["message"] * (ranks is not None)
+    assert [(r["bytes"], r["algorithm"]) for r in rows] == [(size, name) for size in (4, 40000) for name in names]
+    for row in rows:
+        assert row["ranks"] == (ranks or 1) and row["us"] > 0
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
+        copy = next(r["us"] for r in rows if r["bytes"] == row["bytes"] and r["algorithm"] == "copy")
+        assert row["of_copy"] == (None if row["algorithm"] == "message" else pytest.approx(copy / row["us"]))
+    table = hpcmlp("bench", "comm", "--bytes", "4", "--steps", 5, ranks=ranks)
+    assert table.returncode == 0 and len(table.stdout.splitlines()) == 1 + len(names) and table.stderr == ""
+
+
 @pytest.mark.parametrize("arguments, words", [
-    (("gemm", "--sync", "ring"), "--sync"), (("comm", "--sizes", "3,4"), "--sizes"),
+    (("gemm", "--sync", "ring"), "--sync"), (("step", "--bytes", "4"), "--bytes"), (("comm", "--sizes", "3,4"), "--sizes"),
     (("step", "--data", "x"), "--data"), (("io",), "--data"), (("step", "--sizes", "3"), "at least two widths"),
     (("comm", "--wire", "bf16"), "--wire"), (("step", "--wire", "bf16", "--sync", "native"), "wire")])
 def test_an_option_without_effect_is_refused(hpcmlp, arguments, words):
