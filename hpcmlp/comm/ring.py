@@ -304,8 +304,8 @@ class _Together:
         cut = 8 * shape[0] * shape[1]   # words first: they need the larger alignment
         own = np.empty(cut + length * np.dtype(kind).itemsize, np.uint8)
         every = np.empty((size, own.size), np.uint8)
-        buffers = (own, every, own[cut:].view(kind), every[:, cut:].view(kind), own[:cut].view(np.float64).reshape(shape),
-                   every[:, :cut].view(np.float64).reshape(size, *shape))
+        buffers = (own, every, own[cut:].view(kind), every[:, cut:].view(kind),
+                   own[:cut].view(np.float64).reshape(shape), every[:, :cut].view(np.float64).reshape(size, *shape))
         self._buffers[kind, length, num_words] = buffers
         return buffers
 
