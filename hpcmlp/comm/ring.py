@@ -99,8 +99,8 @@ class Ring:
         """
         if self._is_small(array):
             # In the order of the ring: the bits are those of a reduction that is started.
-            part = slice(bounds[self.rank], bounds[self.rank + 1])
-            self._together.sum(array, words, part, first=(self.rank + 1) % self.size)
+            start, part = bounds[0], slice(bounds[self.rank] - bounds[0], bounds[self.rank + 1] - bounds[0])
+            self._together.sum(array[start:bounds[-1]], words, part, first=(self.rank + 1) % self.size)
         elif self.size > 1:
             self._run(self._reduce_plan(array, bounds, words), words)
 

@@ -56,8 +56,8 @@ def _check(config: BenchConfig, size: int) -> None:
             raise ConfigError(f"--servers {config.servers} has no effect with --sync {config.sync} on {size} ranks; it "
                               "belongs to --sync server with at least as many ranks.")
         if config.overlap and config.sync == "native":
-            raise ConfigError("--overlap has no effect with --sync native, which sends nothing while it computes; leave "
-                              "one out.")
+            raise ConfigError("--overlap has no effect with --sync native, which sends nothing while it computes; "
+                              "leave one out.")
     if len(config.sizes) < 2:
         raise ConfigError(f"--sizes {','.join(map(str, config.sizes))}: give at least two widths, input and output.")
     if config.what == "io" and config.data is None:
@@ -158,10 +158,7 @@ def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
 
 
 def _mean(topology: Topology, action: Callable[[], None], count: int, finish: Callable[[], None]) -> float:
-    """Return the mean time of `count` calls, with the end of what they leave under way, of the slowest rank, ms.
-
-    Collective.
-    """
+    """Return the mean time of `count` calls, and the end of what they leave under way; slowest rank, ms. Collective."""
     messages.barrier(topology.comm)
     begin = time.perf_counter()
     for _ in range(count):
