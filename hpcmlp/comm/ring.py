@@ -113,9 +113,14 @@ class Ring:
     def start_reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> Any:
         """Start a `reduce_scatter` and return it at once: `wait()` it, and leave `array` and `words` alone until then.
 
-        Collective over `comm`, in the order of the starts on all ranks; nothing here waits for another rank.
+        Collective over `comm`, in the order of the starts on all ranks; nothing here waits for another rank. The sums
+        have the bits of `reduce_scatter`.
         """
-        return self._start(self._reduce_plan(array, bounds, words) if self.size > 1 else None, words)
+        if self._is_small(array) and self.size > 2:
+            plan = self._plan(_SmallSum, array, bounds, 0 if words is None else words.size)
+        else:
+            plan = self._reduce_plan(array, bounds, words) if self.size > 1 else None
+        return self._start(plan, words)
 
     def start_all_gather(self, array: np.ndarray, bounds: Bounds) -> Any:
         """Start an `all_gather` and return it at once: `wait()` it; until then read `array` only outside the bounds.
@@ -226,7 +231,7 @@ class Ring:
         if self._flight:
             self._start(plan, words).wait()
             return
-        plan.post()
+        plan.post(words)
         for request in plan.steps(words):
             request.Wait()
 
@@ -281,13 +286,17 @@ class _Together:
     def _prepare(self, key: tuple, given: tuple[np.ndarray, ...]) -> tuple:
         if len(self._buffers) >= MAX_PLANS:
             self._buffers.clear()
-        bounds = np.cumsum([0, *(values.nbytes for values in given)])
-        own = np.empty(bounds[-1], np.uint8)
-        every = np.empty((self._comm.size, own.size), np.uint8)
-        columns = [(own[start:stop].view(values.dtype), every[:, start:stop].view(values.dtype))
-                   for values, start, stop in zip(given, bounds[:-1], bounds[1:], strict=True)]
-        self._buffers[key] = own, every, columns
+        self._buffers[key] = stage(self._comm.size, given)
         return self._buffers[key]
+
+
+def stage(size: int, given: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
+    """Return bytes for one rank's and all ranks' numbers, and for each array of `given` the views of both. Local."""
+    bounds = np.cumsum([0, *(values.nbytes for values in given)])
+    own = np.empty(bounds[-1], np.uint8)
+    every = np.empty((size, own.size), np.uint8)
+    return own, every, [(own[start:stop].view(values.dtype), every[:, start:stop].view(values.dtype))
+                        for values, start, stop in zip(given, bounds[:-1], bounds[1:], strict=True)]
 
 
 class _Operation:
@@ -304,7 +313,7 @@ class _Operation:
         if plan is not None:
             assert not plan.busy, "an array is started again before it has been waited for"
             plan.busy = True
-            plan.post()
+            plan.post(words)
             self._steps = plan.steps(words)
             self._request: Any = None   # what the next step waits for; None before the first
 
@@ -365,7 +374,7 @@ class _Plan:
         self._receives: list[MPI.Prequest] = []
         self._posted: list[MPI.Prequest] = []   # what is received from the first moment
 
-    def post(self) -> None:
+    def post(self, words: np.ndarray | None) -> None:
         self.all_started = False
         MPI.Prequest.Startall(self._posted)
 
@@ -375,6 +384,31 @@ class _Plan:
     def free(self) -> None:
         for request in [*self.sends, *self._receives]:
             request.Free()
+
+
+class _SmallSum(_Plan):
+    """What `_Together` does between more than two ranks, as something that can be under way."""
+
+    def __init__(self, ring: Ring, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
+        super().__init__(array)
+        self._comm, self._values = ring.comm, array[bounds[0]:bounds[-1]]
+        given = (self._values, np.empty(num_words)) if num_words else (self._values,)
+        self._own, self._every, self._columns = stage(ring.size, given[::-1])
+
+    def post(self, words: np.ndarray | None) -> None:
+        # At once, not in its turn to send: MPI wants its collectives in the order of the calls on all ranks.
+        for values, (mine, _) in zip(self._given(words), self._columns, strict=True):
+            np.copyto(mine, values)
+        self._request = self._comm.Iallgather(self._own, self._every)
+        self.all_started = True
+
+    def steps(self, words: np.ndarray | None) -> Iterator[Any]:
+        yield self._request
+        for values, (_, rows) in zip(self._given(words), self._columns, strict=True):
+            np.add.reduce(rows, 0, None, values)
+
+    def _given(self, words: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        return (self._values,) if words is None else (words, self._values)
 
 
 class _ReduceScatter(_Plan):
