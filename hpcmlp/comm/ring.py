@@ -98,7 +98,9 @@ class Ring:
             travels with every part.
         """
         if self._is_small(array):
-            self._together.sum(array[bounds[0]:bounds[-1]], words)
+            # In the order of the ring: the bits are those of a reduction that is started.
+            start, part = bounds[0], slice(bounds[self.rank] - bounds[0], bounds[self.rank + 1] - bounds[0])
+            self._together.sum(array[start:bounds[-1]], words, part, first=(self.rank + 1) % self.size)
         elif self.size > 1:
             self._run(self._reduce_plan(array, bounds, words), words)
 
@@ -113,14 +115,9 @@ class Ring:
     def start_reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> Any:
         """Start a `reduce_scatter` and return it at once: `wait()` it, and leave `array` and `words` alone until then.
 
-        Collective over `comm`, in the order of the starts on all ranks; nothing here waits for another rank. The sums
-        have the bits of `reduce_scatter`.
+        Collective over `comm`, in the order of the starts on all ranks; nothing here waits for another rank.
         """
-        if self._is_small(array) and self.size > 2:
-            plan = self._plan(_SmallSum, array, bounds, 0 if words is None else words.size)
-        else:
-            plan = self._reduce_plan(array, bounds, words) if self.size > 1 else None
-        return self._start(plan, words)
+        return self._start(self._reduce_plan(array, bounds, words) if self.size > 1 else None, words)
 
     def start_all_gather(self, array: np.ndarray, bounds: Bounds) -> Any:
         """Start an `all_gather` and return it at once: `wait()` it; until then read `array` only outside the bounds.
@@ -231,7 +228,7 @@ class Ring:
         if self._flight:
             self._start(plan, words).wait()
             return
-        plan.post(words)
+        plan.post()
         for request in plan.steps(words):
             request.Wait()
 
@@ -258,7 +255,7 @@ class Ring:
 class _Together:
     """Sums of small arrays by one call of MPI: few messages one after the other, where the ring takes 2 (P-1) hops.
 
-    Every rank gets all ranks' numbers (MPI_Allgather) and adds them up in the same way, so all hold the same bits
+    Every rank gets all ranks' numbers (MPI_Allgather) and adds up what it needs itself, so all hold the same bits
     whatever the library does. Between two ranks MPI adds (MPI_Allreduce): two numbers have one sum in either order.
     Bytes sent per rank: those of the array and words, times P-1 at most.
     """
@@ -267,36 +264,45 @@ class _Together:
         self._comm = comm
         self._buffers: dict[tuple, tuple] = {}
 
-    def sum(self, array: np.ndarray, words: np.ndarray | None) -> None:
-        """Replace `array`, and `words`, by the sum over the ranks. Collective."""
+    def sum(self, array: np.ndarray, words: np.ndarray | None, part: slice = slice(None), first: int = 0) -> None:
+        """Replace `part` of `array`, and `words`, by the sum over the ranks, in their order from rank `first` on.
+
+        Collective. What `array` holds outside the part afterwards nobody should use.
+        """
         if self._comm.size == 2:
             self._comm.Allreduce(MPI.IN_PLACE, array, MPI.SUM)
             if words is not None:
                 self._comm.Allreduce(MPI.IN_PLACE, words, MPI.SUM)
             return
-        given = (array,) if words is None else (words, array)   # words first: they need the larger alignment
-        key = tuple((values.dtype.char, values.size) for values in given)
-        own, every, columns = self._buffers.get(key) or self._prepare(key, given)
-        for values, (mine, _) in zip(given, columns, strict=True):
-            np.copyto(mine, values)
-        self._comm.Allgather(own, every)
-        for values, (_, rows) in zip(given, columns, strict=True):
-            np.add.reduce(rows, 0, None, values)
+        key = array.dtype.char, array.size, 0 if words is None else words.size
+        every, numbers, bins = self._buffers.get(key) or self._prepare(key, array)
+        np.copyto(numbers[self._comm.rank], array)
+        if words is not None:
+            split(words, bins[self._comm.rank])
+        self._comm.Allgather(MPI.IN_PLACE, every)
+        _add_up([row[part] for row in (*numbers[first:], *numbers[:first])], array[part])
+        if words is not None:
+            _add_up(bins, bins[0])
+            join(bins[0], words)
 
-    def _prepare(self, key: tuple, given: tuple[np.ndarray, ...]) -> tuple:
+    def _prepare(self, key: tuple, array: np.ndarray) -> tuple:
         if len(self._buffers) >= MAX_PLANS:
             self._buffers.clear()
-        self._buffers[key] = stage(self._comm.size, given)
+        size, num_words = self._comm.size, key[2]
+        start = 8 * num_bins(size) * num_words      # after the bins of the words
+        every = np.zeros((size, start + -(-array.nbytes // 8) * 8), np.uint8)
+        numbers = [row[start:start + array.nbytes].view(array.dtype) for row in every]
+        bins = [row[:start].view(np.float64).reshape(num_bins(size), num_words) for row in every]
+        self._buffers[key] = every, numbers, bins
         return self._buffers[key]
 
 
-def stage(size: int, given: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray, list[tuple]]:
-    """Return bytes for one rank's and all ranks' numbers, and for each array of `given` the views of both. Local."""
-    bounds = np.cumsum([0, *(values.nbytes for values in given)])
-    own = np.empty(bounds[-1], np.uint8)
-    every = np.empty((size, own.size), np.uint8)
-    return own, every, [(own[start:stop].view(values.dtype), every[:, start:stop].view(values.dtype))
-                        for values, start, stop in zip(given, bounds[:-1], bounds[1:], strict=True)]
+def _add_up(terms: Sequence[np.ndarray], out: np.ndarray) -> None:
+    """Write the sum of `terms`, in their order, into `out`, which may be the first of them. Local."""
+    if out is not terms[0]:
+        np.copyto(out, terms[0])
+    for term in terms[1:]:
+        np.add(out, term, out)
 
 
 class _Operation:
@@ -313,7 +319,7 @@ class _Operation:
         if plan is not None:
             assert not plan.busy, "an array is started again before it has been waited for"
             plan.busy = True
-            plan.post(words)
+            plan.post()
             self._steps = plan.steps(words)
             self._request: Any = None   # what the next step waits for; None before the first
 
@@ -374,7 +380,7 @@ class _Plan:
         self._receives: list[MPI.Prequest] = []
         self._posted: list[MPI.Prequest] = []   # what is received from the first moment
 
-    def post(self, words: np.ndarray | None) -> None:
+    def post(self) -> None:
         self.all_started = False
         MPI.Prequest.Startall(self._posted)
 
@@ -384,31 +390,6 @@ class _Plan:
     def free(self) -> None:
         for request in [*self.sends, *self._receives]:
             request.Free()
-
-
-class _SmallSum(_Plan):
-    """What `_Together` does between more than two ranks, as something that can be under way."""
-
-    def __init__(self, ring: Ring, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
-        super().__init__(array)
-        self._comm, self._values = ring.comm, array[bounds[0]:bounds[-1]]
-        given = (self._values, np.empty(num_words)) if num_words else (self._values,)
-        self._own, self._every, self._columns = stage(ring.size, given[::-1])
-
-    def post(self, words: np.ndarray | None) -> None:
-        # At once, not in its turn to send: MPI wants its collectives in the order of the calls on all ranks.
-        for values, (mine, _) in zip(self._given(words), self._columns, strict=True):
-            np.copyto(mine, values)
-        self._request = self._comm.Iallgather(self._own, self._every)
-        self.all_started = True
-
-    def steps(self, words: np.ndarray | None) -> Iterator[Any]:
-        yield self._request
-        for values, (_, rows) in zip(self._given(words), self._columns, strict=True):
-            np.add.reduce(rows, 0, None, values)
-
-    def _given(self, words: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        return (self._values,) if words is None else (words, self._values)
 
 
 class _ReduceScatter(_Plan):

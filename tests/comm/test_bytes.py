@@ -28,8 +28,8 @@ class Counter:
     def take(self):
         """Return (bytes of arrays, bytes of words) and begin anew."""
         sent, self.sent = self.sent, {}
-        assert all(tag >= ring.FIRST_TAG for tag in sent)
-        return tuple(sum(n for tag, n in sent.items() if (tag - ring.FIRST_TAG) % 2 == odd) for odd in (0, 1))
+        assert all(tag >= ring.FIRST_TAG for tag in sent)   # a plan's tags: even for data, odd for words
+        return tuple(sum(count for tag, count in sent.items() if tag % 2 == odd) for odd in (0, 1))
 
 
 class CountedSend(MPI.Prequest):

@@ -67,7 +67,8 @@ def test_comm_has_a_row_per_algorithm_and_size(hpcmlp, ranks):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("gemm", "--sync", "ring"), "--sync"), (("step", "--bytes", "4"), "--bytes"), (("comm", "--sizes", "3,4"), "--sizes"),
+    (("gemm", "--sync", "ring"), "--sync"), (("step", "--bytes", "4"), "--bytes"),
+    (("comm", "--sizes", "3,4"), "--sizes"),
     (("step", "--data", "x"), "--data"), (("io",), "--data"), (("step", "--sizes", "3"), "at least two widths"),
     (("comm", "--wire", "bf16"), "--wire"), (("step", "--wire", "bf16", "--sync", "native"), "wire")])
 def test_an_option_without_effect_is_refused(hpcmlp, arguments, words):
