@@ -28,7 +28,8 @@ class Nodes(Topology):
 class Slow:
     """Collectives for which one rank takes its time, by its own clock."""
 
-    def __init__(self, comm, clock, seconds, late):
+    def __init__(self, comm, clock, seconds, late, starts=False):
+        self.starts = starts
         self.inner, self.clock, self.seconds = Ring(comm), clock, seconds if comm.rank == late else 1e-5
 
     def reduce_scatter(self, array, bounds):
@@ -58,6 +59,20 @@ def test_the_fastest_is_taken_by_the_slowest_rank(comm, monkeypatch):
     assert len(set(comm.allgather((name, why)))) == 1
     # One that takes 6 ms is not tried with 4 million numbers, and all are tried with as many.
     assert len(set(lengths[-3:])) == 1 and lengths[-1] < 1 << 22 and f"{lengths[-1]:,} of 4,194,304" in why
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("size, taken", [(1 << 17, "blocking"), (1 << 18, "started")])
+def test_what_can_be_hidden_may_take_longer_where_there_are_buckets(comm, monkeypatch, size, taken):
+    clock = [0.0]
+    monkeypatch.setattr(choice, "perf_counter", lambda: clock[0])
+
+    def make(name, elements):
+        started = name == "started"
+        collective = Slow(comm, clock, 1.5e-5 if started else 1e-5, 0, started)
+        return Exchange(name, collective, np.zeros(elements, np.float32), np.zeros(elements, np.float32))
+
+    assert choice.fastest(make, ("started", "blocking"), comm, size)[0] == taken
 
 
 @pytest.mark.mpi(min_size=2)
