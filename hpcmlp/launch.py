@@ -289,9 +289,12 @@ def _fit_node_memory(ranks: int) -> None:
         os.environ.setdefault("UCX_TLS", "^sm")
     if free >= needed or any(name.startswith("MPIR_CVAR_CH4_SHM_POSIX_IQUEUE") for name in os.environ):
         return
+    free += node_memory.fresh_bytes("mpich_shm_")   # the other ranks of this job may have been quicker
+    if free >= needed:
+        return
     if next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), "0") != "0":
         import time
-        time.sleep(2.0)     # either the first ends the job now, or our own job's ranks have taken what we miss
+        time.sleep(2.0)     # the first ends the job in the meantime
         return
     raise Unavailable(f"{os.uname().nodename}: MPICH needs {needed / 1e6:.1f} MB of shared memory for {ranks} "
                       f"rank{'s' * (ranks > 1)}, and /dev/shm has {free / 1e6:.1f} MB free; {node_memory.advice()}.")
