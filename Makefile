@@ -135,6 +135,8 @@ $(PEERS)/installed: benchmarks/peers/requirements.txt
 bench-peers: $(INSTALLED) $(PEERS)/installed ## compare with other software on this machine (see benchmarks/)
 	$(BIN)/python benchmarks/peers/compare_steps.py --peer-python $(PEERS)/bin/python --mpiexec "$(MPIEXEC)" \
 	    $(PEERS_STEPS)
+	$(BIN)/python benchmarks/peers/compare_all_reduce.py --peer-python $(PEERS)/bin/python --mpiexec "$(MPIEXEC)" \
+	    $(PEERS_ALL_REDUCE)
 	$(BIN)/python benchmarks/peers/compare_accuracy.py --peer-python $(PEERS)/bin/python --mpiexec "$(MPIEXEC)" \
 	    --work data/peers $(PEERS_ACCURACY)
 

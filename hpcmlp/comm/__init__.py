@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm.ring import Ring
+from hpcmlp.comm.ring import Ring, small_limit
 from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
@@ -25,7 +25,7 @@ def make_collective(name: str, topology: Topology) -> Any:
     if name == "shared":
         return Shared(topology)
     if name == "ring":
-        return Ring(topology.comm)
+        return _ring_of_all(topology)
     from hpcmlp.comm.native import Native  # few runs want it; every module costs each rank file-system calls
     return Native(topology.comm)
 
@@ -57,6 +57,10 @@ def make_ring(comm: Any, wire: str = "float32", **options: Any) -> Ring:
         return Ring(comm, **options)
     from hpcmlp.comm.ring_wire import WireRing  # few runs want it
     return WireRing(comm, wire, **options)
+
+
+def _ring_of_all(topology: Topology, wire: str = "float32") -> Ring:
+    return make_ring(topology.comm, wire, small_bytes=small_limit(topology.size, topology.num_nodes == 1))
 
 
 def check_wire(sync: str, wire: str) -> None:
@@ -132,7 +136,7 @@ def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool
         from hpcmlp.comm.served import Served  # few runs want it
         collective = Served(topology.comm, servers)
     else:
-        collective = make_ring(topology.comm, wire) if name == "ring" else make_collective(name, topology)
+        collective = _ring_of_all(topology, wire) if name == "ring" else make_collective(name, topology)
     try:
         return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), wire, note)
     except SharedUnavailable:

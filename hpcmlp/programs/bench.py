@@ -204,8 +204,8 @@ def time_comm(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
     algorithm : "shared" and "ring", ours; "native", MPI_Reduce_scatter and MPI_Allgatherv, which a step uses with
         --sync native; "MPI_Allreduce", the library's own; "copy", np.copyto of as many bytes by all ranks at once;
         "message", half a round trip between the first and the last rank.
-    us : median over calls of the slowest rank's time, microseconds (copy: mean until all ranks are done);
-        gb_per_s : bytes of the array / us.
+    us : median over calls of the slowest rank's time, microseconds; of copies as many that a barrier after them, which
+        keeps the ranks together as an all-reduce does, counts little. gb_per_s : bytes of the array / us.
     of_copy : the copy's time / that of the algorithm, None for messages. On a node of P ranks an all-reduce of n bytes
         must read its share of P arrays, P n/P = n bytes on each rank, and write the sum into all of them, again n
         bytes: what the copy reads and writes. So 1 is the bound that memory sets, whatever way the numbers take.
@@ -217,12 +217,10 @@ def time_comm(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
         times: dict[str, list[float]] = {name: [] for name in actions}
         for _ in range(3):  # in turn, so that a change of the machine's speed meets all
             for name, action in actions.items():
-                if name == "copy":  # nothing holds the ranks together but the end, and on fewer cores they take turns
-                    taken = _mean(topology, action, 2 * count, partial(messages.barrier, topology.comm))
-                else:
-                    taken = _median(topology, action, 2 * count, skip=count)
+                taken = _median(topology, action, *((8, 2) if name == "copy" else (2 * count, count)))
                 times[name].append(1e3 * taken)
         medians = {name: statistics.median(values) for name, values in times.items()}
+        medians["copy"] /= _copies(num_bytes)
         medians |= {name: us / 2 for name, us in medians.items() if name == "message"}
         for name, us in medians.items():
             rows.append({"algorithm": name, "bytes": num_bytes, "ranks": topology.size, "us": us,
@@ -254,10 +252,20 @@ def _comm_actions(topology: Topology, size: int) -> tuple[dict[str, Callable[[],
             print(f"bench comm: shared is left out for {4 * size:,} bytes: {reason}", file=sys.stderr)
     actions |= {"ring": partial(opened[0].all_reduce, array), "native": in_halves,
                 "MPI_Allreduce": partial(messages.sum_in_place, topology.comm, array),
-                "copy": partial(np.copyto, np.zeros_like(array), np.ones_like(array))}
+                "copy": partial(_copy, topology.comm, np.ones_like(array), np.zeros_like(array))}
     if topology.size > 1:
         actions["message"] = partial(messages.there_and_back, topology.comm, array, topology.size - 1)
     return actions, opened
+
+
+def _copies(num_bytes: int) -> int:
+    return max(1, min(1000, (1 << 26) // num_bytes))
+
+
+def _copy(comm: Any, array: np.ndarray, out: np.ndarray) -> None:
+    for _ in range(_copies(array.nbytes)):
+        np.copyto(out, array)
+    messages.barrier(comm)
 
 
 def time_io(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
