@@ -129,3 +129,14 @@ def test_the_trial_itself_ends_in_one_of_the_candidates(comm):
     assert len(set(comm.allgather((exchange.name, exchange.why)))) == 1
     exchange.collective.free()
     topology.free()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_is_to_overlap_can_be_started(comm):
+    for per_node in (n for n in range(1, comm.size) if comm.size % n == 0):
+        topology = Nodes(comm, per_node)
+        exchange = open_exchange("auto", topology, 5000, np.float32, overlap=True)
+        assert exchange.collective.starts and "native" not in exchange.why
+        assert len(set(comm.allgather((exchange.name, exchange.why)))) == 1
+        collective, exchange.params, exchange.grads = exchange.collective, None, None
+        collective.free()
