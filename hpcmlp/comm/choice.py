@@ -26,18 +26,19 @@ HIDDEN = 0.5            # of the time of collectives that can be started, at lea
 CUT_BYTES = 1 << 20     # below, networks are one bucket mostly, and nothing is hidden
 
 
-def fastest(make: Callable[[str, int], Any], names: Sequence[str], comm: Any, size: int) -> tuple[str, str]:
+def fastest(make: Callable[[str, int], Any], names: Sequence[str], comm: Any, size: int,
+            hides: bool = False) -> tuple[str, str]:
     """Return the fastest of the collectives `names` for vectors of `size` elements, and the figures as a sentence.
 
     Collective over `comm`. `make(name, elements)` opens a `comm.Exchange`; where it raises SharedUnavailable that one
-    is left out (the last of `names` must not).
+    is left out (the last of `names` must not). `hides`: the run hides what it can start behind its computing.
     """
     elements = _affordable(make, names[-1], comm, size)
     seconds, counted, missing = {}, {}, ""
     for name in names:
         try:
             seconds[name], starts = _time(make, name, comm, elements, CALLS)
-            counted[name] = seconds[name] * (1.0 - HIDDEN if starts and 4 * size >= CUT_BYTES else 1.0)
+            counted[name] = seconds[name] * (1.0 - HIDDEN if hides and starts and 4 * size >= CUT_BYTES else 1.0)
         except SharedUnavailable as reason:
             missing = f"; no {name}: {reason}"
     ordered = sorted(counted, key=counted.get)

@@ -251,7 +251,7 @@ class Training:
         rows = max(-(-self.loader.local_rows_max // c.accumulate), min(EVALUATION_ROWS, m.rows("val")))
         layout = self.spec.layout()
         self.exchange = open_exchange(self._sync(), topology, layout.size, np.float32, own_params=c.full_update,
-                                      wire=c.wire, servers=c.servers or 1, overlap=self._may_overlap() is not False)
+                                      wire=c.wire, servers=c.servers or 1, overlap=self._may_overlap())
         on_host = c.device == "cpu"
         self.plan = self._plan_buckets(layout.size)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
