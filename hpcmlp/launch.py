@@ -94,14 +94,11 @@ def open_world() -> World:
 
 
 def end_unstarted(code: int, say: Any, error: Exception) -> NoReturn:
-    """End every rank of the job with `code` before MPI has started on this one; `say(error)` tells why, once a node.
+    """End every rank of the job with `code` before MPI has started on this one; `say(error)` tells why.
 
-    Local: for what only some nodes find. The ranks of the others wait inside MPI_Init, and MPICH's launcher would let
-    them wait although ranks have left, so it is told as MPI_Abort tells it (PMI-1's abort).
+    Local: for what only some ranks find. The others wait inside MPI_Init, and MPICH's launcher would let them wait
+    although ranks have left, so it is told as MPI_Abort tells it (PMI-1's abort).
     """
-    if not _first_of_node(os.environ):
-        import time
-        time.sleep(2.0)     # ended by the first of the node, unless that one did not find what we found
     say(error)
     if os.environ.get("PMI_FD", "").isdigit():
         _wait_until_read()
@@ -282,23 +279,25 @@ def _local_size(environ: dict[str, str]) -> int | None:
     return int(sizes[0]) if sizes and sizes[0].isdigit() else None
 
 
-def _first_of_node(environ: dict[str, str]) -> bool:
-    """Return whether the launcher counts this rank as the first of its node."""
-    return next((environ[name] for name in LOCAL_RANK_VARIABLES if name in environ), "0") == "0"
-
-
 def _fit_node_memory(ranks: int) -> None:
-    """Let MPICH do with what shared memory this node has; raise Unavailable when `ranks` ranks could not start."""
+    """Let MPICH do with what shared memory this node has; raise Unavailable when `ranks` ranks could not start.
+
+    Local: the first rank of a node speaks for it.
+    """
     free, needed = node_memory.free_bytes(), ranks * MPICH_BYTES_PER_RANK
     if free < UCX_BYTES + ranks * UCX_BYTES_PER_RANK:
         os.environ.setdefault("UCX_TLS", "^sm")
-    if any(name.startswith("MPIR_CVAR_CH4_SHM_POSIX_IQUEUE") for name in os.environ):
+    if free >= needed or any(name.startswith("MPIR_CVAR_CH4_SHM_POSIX_IQUEUE") for name in os.environ):
         return
-    # It is the first rank of a node that makes the queues; others may come here when some of the memory is in use.
-    if (free < needed) if _first_of_node(os.environ) else not node_memory.writable():
-        raise Unavailable(f"{os.uname().nodename}: MPICH needs {needed / 1e6:.1f} MB of shared memory for {ranks} "
-                          f"rank{'s' * (ranks > 1)}, and /dev/shm has {free / 1e6:.1f} MB free; "
-                          f"{node_memory.advice()}.")
+    free += node_memory.fresh_bytes("mpich_shm_")   # the other ranks of this job may have been quicker
+    if free >= needed:
+        return
+    if next((os.environ[name] for name in LOCAL_RANK_VARIABLES if name in os.environ), "0") != "0":
+        import time
+        time.sleep(2.0)     # the first ends the job in the meantime
+        return
+    raise Unavailable(f"{os.uname().nodename}: MPICH needs {needed / 1e6:.1f} MB of shared memory for {ranks} "
+                      f"rank{'s' * (ranks > 1)}, and /dev/shm has {free / 1e6:.1f} MB free; {node_memory.advice()}.")
 
 
 def _launcher_cores() -> set[int]:

@@ -5,6 +5,7 @@ Standard library only: `launch` asks before MPI starts, because MPICH dies of a 
 """
 
 import os
+import time
 
 FOLDER = "/dev/shm"
 MPI_FILES = ("mpich_shm_", "mpich_shar_tmp", "ucx_shm_posix_", "sm_segment.", "osc_sm.", "vader_segment.",
@@ -60,6 +61,18 @@ def leftovers(folder: str = FOLDER) -> tuple[dict[str, int], dict[int, int]]:
         else:
             others[stat.st_uid] = others.get(stat.st_uid, 0) + 512 * stat.st_blocks
     return own, others
+
+
+def fresh_bytes(prefix: str, seconds: float = 2.0, folder: str = FOLDER) -> int:
+    """Return the bytes of the files `prefix`* there that are younger than `seconds`. Local."""
+    total = 0
+    try:
+        for entry in os.scandir(folder):
+            if entry.name.startswith(prefix) and time.time() - entry.stat().st_mtime < seconds:
+                total += 512 * entry.stat().st_blocks
+    except OSError:     # no folder, or a file that has just gone
+        pass
+    return total
 
 
 def drop_names(prefix: str, folder: str = FOLDER) -> None:

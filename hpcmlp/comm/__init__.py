@@ -89,7 +89,7 @@ def rule(topology: Topology, wire: str = "float32") -> tuple[str | None, str]:
 
 
 def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False,
-                  wire: str = "float32", servers: int = 1) -> Exchange:
+                  wire: str = "float32", servers: int = 1, overlap: bool | None = False) -> Exchange:
     """Return collectives and zeroed flat vectors of `size` elements.
 
     Collective over `topology.comm`. `name` may be "auto": by `rule`, or else the fastest in a short trial with vectors
@@ -97,7 +97,8 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     trial goes on without it. A `wire` other than "float32" is that of the ring, between nodes or between all ranks;
     where there are no messages between ranks it is float32 after all, so that one configuration serves one node and
     many. `note` says so, `why` why "auto" took what it took. Raises ConfigError for an unknown name, or a wire with
-    "native" or "server". `servers` counts for "server" alone.
+    "native" or "server". `servers` counts for "server" alone. With `overlap` "auto" takes only what can be under way
+    while the ranks compute (a collective's `starts`); None lets that count in the trial.
     """
     check_wire(name, wire)
     taken, why, note = *(rule(topology, wire) if name == "auto" else (name, "")), ""
@@ -116,8 +117,10 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
             return exchange
     if taken is None:
         from hpcmlp.comm.choice import fastest  # on one node nobody needs it
-        names = ("shared", "ring", "native") if topology.size > topology.num_nodes and not note else ("ring", "native")
-        taken, why = fastest(make, names, topology.comm, size)
+        names = ("shared",) if topology.size > topology.num_nodes and not note else ()
+        names += ("ring",) if overlap else ("ring", "native")
+        taken, why = ("ring", "one rank per node") if len(names) == 1 else \
+            fastest(make, names, topology.comm, size, hides=overlap is not False)
     exchange = make(taken, size)
     exchange.why, exchange.note = why, note or exchange.note
     return exchange

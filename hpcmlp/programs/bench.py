@@ -80,7 +80,7 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     spec = NetworkSpec(tuple(config.sizes))
     layout = spec.layout()
     exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire,
-                             servers=config.servers or 1)
+                             servers=config.servers or 1, overlap=config.overlap)
     on_host = config.device == "cpu"
     if roles is not None:
         from hpcmlp.sync.storage import one_bucket

@@ -251,7 +251,7 @@ class Training:
         rows = max(-(-self.loader.local_rows_max // c.accumulate), min(EVALUATION_ROWS, m.rows("val")))
         layout = self.spec.layout()
         self.exchange = open_exchange(self._sync(), topology, layout.size, np.float32, own_params=c.full_update,
-                                      wire=c.wire, servers=c.servers or 1)
+                                      wire=c.wire, servers=c.servers or 1, overlap=self._may_overlap())
         on_host = c.device == "cpu"
         self.plan = self._plan_buckets(layout.size)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
@@ -291,9 +291,12 @@ class Training:
     def _plan_buckets(self, size: int) -> Plan:
         c, t = self.config, self.topology
         if self.roles is None:
-            return plan(self.spec, self.exchange.collective, t.size, t.num_nodes, c.bucket_mb,
-                        False if c.full_update or self.local else c.overlap)
+            return plan(self.spec, self.exchange.collective, t.size, t.num_nodes, c.bucket_mb, self._may_overlap())
         return Plan(self._server_buckets(size), None, False, 4 * size / 2**20)
+
+    def _may_overlap(self) -> bool | None:
+        """What the user said; False where each step is computed alone; None where it depends on the nodes."""
+        return False if self.config.full_update or self.local else self.config.overlap
 
     def _server_buckets(self, size: int) -> list[Bucket]:
         from hpcmlp.sync.storage import one_bucket
@@ -393,7 +396,9 @@ class Training:
         if self.exchange.note:
             self.console.line(self.exchange.note)
         if self.config.overlap and not self.plan.overlap:
-            self.console.line("overlap has nothing to act on: there is one rank")
+            why = "there is one rank" if self.topology.size == 1 else \
+                f"sync {self.exchange.name} sends nothing while the ranks compute; give --sync ring or shared"
+            self.console.line(f"overlap has nothing to act on: {why}")
         if restored:
             self.console.line(f"resumed at step {step} of {self.total_steps}")
 

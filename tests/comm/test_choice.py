@@ -28,7 +28,8 @@ class Nodes(Topology):
 class Slow:
     """Collectives for which one rank takes its time, by its own clock."""
 
-    def __init__(self, comm, clock, seconds, late):
+    def __init__(self, comm, clock, seconds, late, starts=False):
+        self.starts = starts
         self.inner, self.clock, self.seconds = Ring(comm), clock, seconds if comm.rank == late else 1e-5
 
     def reduce_scatter(self, array, bounds):
@@ -61,6 +62,21 @@ def test_the_fastest_is_taken_by_the_slowest_rank(comm, monkeypatch):
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("size, hides, taken", [(1 << 17, True, "blocking"), (1 << 18, True, "started"),
+                                                (1 << 18, False, "blocking")])
+def test_what_can_be_hidden_may_take_longer_where_there_are_buckets(comm, monkeypatch, size, hides, taken):
+    clock = [0.0]
+    monkeypatch.setattr(choice, "perf_counter", lambda: clock[0])
+
+    def make(name, elements):
+        started = name == "started"
+        collective = Slow(comm, clock, 1.5e-5 if started else 1e-5, 0, started)
+        return Exchange(name, collective, np.zeros(elements, np.float32), np.zeros(elements, np.float32))
+
+    assert choice.fastest(make, ("started", "blocking"), comm, size, hides)[0] == taken
+
+
+@pytest.mark.mpi(min_size=2)
 def test_a_candidate_that_is_not_to_be_had_is_left_out_and_said(comm):
     def make(name, elements):
         if name == "shared":
@@ -74,7 +90,12 @@ def test_a_candidate_that_is_not_to_be_had_is_left_out_and_said(comm):
 @pytest.mark.mpi
 def test_auto_knows_one_node_and_tries_several(comm, monkeypatch):
     tried = []
-    monkeypatch.setattr(choice, "fastest", lambda make, names, *rest: tried.append(names) or (names[1], "as told"))
+
+    def told(make, names, *rest, **options):
+        tried.append(names)
+        return names[1], "as told"
+
+    monkeypatch.setattr(choice, "fastest", told)
     for per_node in range(1, comm.size + 1):
         topology = Nodes(comm, per_node)
         exchange = open_exchange("auto", topology, 100, np.float32)
@@ -114,3 +135,14 @@ def test_the_trial_itself_ends_in_one_of_the_candidates(comm):
     assert len(set(comm.allgather((exchange.name, exchange.why)))) == 1
     exchange.collective.free()
     topology.free()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_is_to_overlap_can_be_started(comm):
+    for per_node in (n for n in range(1, comm.size) if comm.size % n == 0):
+        topology = Nodes(comm, per_node)
+        exchange = open_exchange("auto", topology, 5000, np.float32, overlap=True)
+        assert exchange.collective.starts and "native" not in exchange.why
+        assert len(set(comm.allgather((exchange.name, exchange.why)))) == 1
+        collective, exchange.params, exchange.grads = exchange.collective, None, None
+        collective.free()
