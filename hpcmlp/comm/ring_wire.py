@@ -57,8 +57,8 @@ class WireRing(Ring):
         self.wire, self.feedback = make_format(wire, max(1, self.segment_bytes // 4)), feedback
         self._residuals: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
-    def _is_small(self, array: np.ndarray) -> bool:
-        return array.dtype != np.float32 and super()._is_small(array)
+    def _is_small(self, array: np.ndarray, share: int = 1) -> bool:
+        return array.dtype != np.float32 and super()._is_small(array, share)
 
     def _reduce_plan(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None) -> _Plan:
         """Plan a `reduce_scatter`: a float32 array is rounded on its way, `words` are exact."""

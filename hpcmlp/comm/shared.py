@@ -31,7 +31,7 @@ from mpi4py import MPI
 
 from hpcmlp import node_memory
 from hpcmlp.comm.messages import broadcast_bytes
-from hpcmlp.comm.ring import Bounds, Ring
+from hpcmlp.comm.ring import Bounds, Ring, small_limit
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import Unavailable
 from hpcmlp.launch import cpu_quota
@@ -403,7 +403,7 @@ class Shared:
 
     def _on_ring(self) -> Ring:
         if self._ring is None:
-            self._ring = Ring(self.comm)
+            self._ring = Ring(self.comm, small_bytes=small_limit(self.size, self._cross.size == 1))
         return self._ring
 
     def _in_rank_order(self, bounds: Bounds) -> Bounds:
