@@ -260,7 +260,7 @@ def small_limit(size: int, one_node: bool = False) -> int:
     """
     if not one_node:
         return min(2**14, 2**20 // size)
-    return 2**17 if size == 2 else min(2**18, 2**20 // size)
+    return min(2**18, 2**20 // size)
 
 
 class _Together:

@@ -41,8 +41,9 @@ BLOCK_BYTES = 1 << 17   # of one source while NumPy sums: the sources of a block
 STAGE_BYTES = 1 << 14   # arrays up to here take the stage
 ALIGN_BYTES = 64
 WORDS = 64              # control words that fit beside an array
-MARKS = 32              # uint32 of one rank in the table of a meeting
-PATIENCE = 25           # calls of `meet`, 0.2 ms each, after which a rank sleeps while it waits
+MARKS = 16              # uint32 of one rank in the table of a meeting
+ALONE, CROWDED, LATE = range(3)     # how a rank waits, as in ops/_fused_node.h
+PATIENCE = 25           # calls of `meet`, 0.2 ms each, after which a rank naps while it waits
 MAX_VIEWS = 64          # views of the stage that are kept
 SPARE_BYTES = 1 << 20   # of /dev/shm, for what the MPI library adds to a window
 # MPICH maps memory for a communicator's small collectives at the sixth of a kind, and dies of a bus error when there is
@@ -343,8 +344,8 @@ class Shared:
             self._table.win.Sync()
             return
         self._turn = (self._turn + 1) % 2**32
-        tries = 0
-        while not self._kernels.meet(self._marks, self.local_rank, self._turn, self._crowded or tries > PATIENCE):
+        how, tries = CROWDED if self._crowded else ALONE, 0
+        while not self._kernels.meet(self._marks, self.local_rank, self._turn, how if tries < PATIENCE else LATE):
             self.node.Iprobe()  # messages of earlier calls may need it to move on; and Python handles signals here
             tries += 1
 

@@ -187,9 +187,9 @@ def wrong_calls():
         "sum stride": lambda c: c.sum_arrays((v,), (np.zeros(12, F)[::2],)),
         "sum of rows": lambda c: c.sum_arrays((m,), (m,)),
         "sum into read-only": lambda c: c.sum_arrays((np.frombuffer(bytes(24), F),), (v,)),
-        "meeting of another width": lambda c: c.meet(np.zeros((1, 16), np.uint32), 0, 1, 0),
-        "meeting rank": lambda c: c.meet(np.zeros((2, 32), np.uint32), 2, 1, 0),
-        "meeting type": lambda c: c.meet(np.zeros((1, 32), np.int32), 0, 1, 0),
+        "meeting of another width": lambda c: c.meet(np.zeros((1, 8), np.uint32), 0, 1, 0),
+        "meeting rank": lambda c: c.meet(np.zeros((2, 16), np.uint32), 2, 1, 0),
+        "meeting type": lambda c: c.meet(np.zeros((1, 16), np.int32), 0, 1, 0),
     }
 
 
