@@ -70,7 +70,7 @@ class Streamed:
             self._ahead = _Ahead(self._order, self._windows, buffers, self._rank, self._size, epoch, t)
             self._next = (epoch, t)
             # The thread keeps `_ahead` alive, not this object: when this one goes, the thread ends.
-            self._finalizer = weakref.finalize(self, _Ahead.stop, self._ahead)
+            self._finalizer = weakref.finalize(self, _Ahead.end, self._ahead)
 
     def batch(self, epoch: int, t: int) -> Batch:
         """Return this rank's share of batch `t` of `epoch`; its arrays hold until the next call.
@@ -97,7 +97,6 @@ class Streamed:
         """End the thread, if one runs, and wait for its end. Local."""
         if self._ahead is not None:
             self._finalizer()
-            self._ahead.thread.join()
         self._ahead = self._next = None
 
     def close(self) -> None:
@@ -121,11 +120,16 @@ class _Ahead:
         self.thread = threading.Thread(target=self._run, args=(epoch, t), name="hpcmlp-prefetch", daemon=True)
         self.thread.start()
 
-    def stop(self) -> None:
-        """Ask the thread to end; it does so after the read it is in. Local."""
+    def end(self) -> None:
+        """End the thread and wait until it has, after the read it is in. Local.
+
+        Also at the interpreter's exit: a thread that is stopped there inside h5py takes its lock along, and the exit,
+        which closes files, would wait for ever.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        self.thread.join()
 
     def take(self) -> tuple[int, Samples]:
         """Return (rows, samples) of the next batch; raise the thread's error when there will be none. Local."""
