@@ -29,11 +29,14 @@ PEERS_PIP ?=
 PEERS_STEPS ?=
 PEERS_ALL_REDUCE ?=
 PEERS_ACCURACY ?=
+# Of the fault campaign: programs of benchmarks/faults and options, such as "inputs --count 500".
+CAMPAIGN ?=
 WHEELHOUSE_EXTRAS ?= mpich,plot,progress
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install run example test test-cluster test-openmpi lint check bench bench-peers clean distclean wheelhouse
+.PHONY: help install run example test test-cluster test-openmpi lint check bench bench-peers campaign clean distclean \
+        wheelhouse
 .PRECIOUS: data/%/dataset.json
 .DELETE_ON_ERROR:
 
@@ -140,6 +143,9 @@ bench-peers: $(INSTALLED) $(PEERS)/installed ## compare with other software on t
 	    $(PEERS_ALL_REDUCE)
 	$(BIN)/python benchmarks/peers/compare_accuracy.py --peer-python $(PEERS)/bin/python --mpiexec "$(MPIEXEC)" \
 	    --work data/peers $(PEERS_ACCURACY)
+
+campaign: $(VENV)/test-extras ## inject faults (CAMPAIGN: programs and options), print what came of them
+	MPIEXEC="$(MPIEXEC)" $(BIN)/python benchmarks/faults/campaign.py $(CAMPAIGN)
 
 wheelhouse: $(INSTALLED) ## folder of wheels for machines without a network
 	$(BIN)/python -m pip wheel --quiet -w wheelhouse '.[$(WHEELHOUSE_EXTRAS)]' 'setuptools>=77'
