@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 
 import hpcmlp
 from hpcmlp import launch
-from hpcmlp.config import CONFIGS, build, check_value, flag, nearest
-from hpcmlp.errors import CannotWrite, HpcmlpError, Unavailable, UsageError
+from hpcmlp.config import CONFIGS, build, check_value, nearest
+from hpcmlp.errors import CannotWrite, HpcmlpError, Unavailable, UsageError, flag
 
 EPILOG = """exit codes: 0 done, 2 wrong usage, 65 bad data, 66 no such input, 69 something needed is missing, 70 the run
 cannot go on, 73 cannot write, 75 stopped early and saved (run again with --resume), 78 wrong configuration or launch"""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from hpcmlp.errors import ConfigError, InputMissing
+from hpcmlp.errors import ConfigError, InputMissing, flag
 
 TOML_LIMIT_BYTES = 64 * 1024
 
@@ -346,11 +346,6 @@ def build(config: type, given: dict[str, Any], toml: str | None = None) -> Any:
         raise ConfigError(f"{', '.join(flag(name) for name in missing)} must be given, on the command line or in a "
                           "TOML file.")
     return config(**values)
-
-
-def flag(name: str) -> str:
-    """Return the command-line spelling of the option `name`. Local."""
-    return "--" + name.replace("_", "-")
 
 
 def to_toml(config: Any) -> str:

@@ -61,3 +61,8 @@ class ConfigError(HpcmlpError):
 
 
 EXIT_CODES = {kind.code: kind for kind in HpcmlpError.__subclasses__()}
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of the option `name`, for sentences that name one. Local."""
+    return "--" + name.replace("_", "-")

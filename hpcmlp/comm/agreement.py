@@ -45,3 +45,9 @@ def agree(comm: MPI.Intracomm, error: HpcmlpError | None) -> None:
     raised = EXIT_CODES.get(int(code), RunFailed)(text)
     raised.agreed = True
     raise raised from error
+
+
+def alike(error: HpcmlpError) -> HpcmlpError:
+    """Mark an error that all ranks raise from the same facts, and return it. Local."""
+    error.agreed = True
+    return error

@@ -34,3 +34,9 @@ class Topology:
         """
         self.node.Free()
         self.cross.Free()
+
+
+def mpi_library() -> str:
+    """Return name and version of the MPI library in a few words. Local."""
+    first = MPI.Get_library_version().split("\n")[0].strip(" \0").replace("MPICH Version:", "MPICH")
+    return " ".join(first.split(",")[0].split())

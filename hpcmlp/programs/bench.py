@@ -14,9 +14,9 @@ from hpcmlp.comm import check_wire, make_collective, messages, open_exchange
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.shared import SharedUnavailable
 from hpcmlp.comm.topology import Topology
-from hpcmlp.config import BenchConfig, flag
+from hpcmlp.config import BenchConfig
 from hpcmlp.data.samples import Batch
-from hpcmlp.errors import ConfigError
+from hpcmlp.errors import ConfigError, flag
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec

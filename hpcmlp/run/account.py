@@ -1,0 +1,123 @@
+"""The account of a run: what its steps have cost and learned, summed up by step, epoch and run."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.run.coordinator import Console, epoch_line
+from hpcmlp.run.parts import Parts
+from hpcmlp.sync.step import StepResult, hidden_share
+
+LAST_STEPS = 10_000  # whose times give the median step of the summary
+
+
+class Account:
+    """Counts finished steps and epochs, and logs what is due.
+
+    Local. All ranks count; `log` writes on rank 0 only.
+
+    Parameters
+    ----------
+    parts : of the run.
+    console : `coordinator.Console`.
+    log : takes one record of metrics.jsonl.
+    """
+
+    def __init__(self, parts: Parts, console: Console, log: Callable[[dict[str, Any]], None]):
+        self._parts, self._console, self._log = parts, console, log
+        self._spent = {"compute": 0.0, "comm": 0.0, "input": 0.0}  # seconds of this rank in this epoch
+        self._since = dict.fromkeys((*self._spent, "step"), 0.0)  # seconds since the ranks last met
+        self._print_due = False
+        self._comm_s, self._flight_s = np.zeros(2), np.zeros(2)   # of this epoch, of this run
+        self._step_times: deque[float] = deque(maxlen=LAST_STEPS)
+        self._epoch_rows = self._epoch_s = 0.0
+
+    @property
+    def last_step_s(self) -> float:
+        """Seconds of the last step, 0 before the first. Local."""
+        return self._step_times[-1] if self._step_times else 0.0
+
+    @property
+    def median_step_s(self) -> float:
+        """Median seconds of the last steps, 0 before the first. Local."""
+        return float(np.median(list(self._step_times))) if self._step_times else 0.0
+
+    @property
+    def hidden(self) -> float:
+        """The share of the run's communication that was hidden behind computing, 0 to 1. Local."""
+        return hidden_share(self._comm_s[1], self._flight_s[1])
+
+    def count(self, result: StepResult, number: int, epoch: int, input_s: float, step_s: float, log: bool) -> None:
+        """Count a finished step, and log it where `log` says that it is due.
+
+        Local.
+
+        number, epoch : of the step, from 0. input_s, step_s : seconds this rank waited for samples, and in all.
+        """
+        p = self._parts
+        progress = p.session.progress
+        progress.step = number + 1
+        since = self._since
+        for name, seconds in (("compute", result.compute_s), ("comm", result.comm_s), ("input", input_s)):
+            self._spent[name] += seconds
+            since[name] += seconds
+        since["step"] += step_s
+        self._comm_s += result.comm_s
+        self._flight_s += result.flight_s
+        self._epoch_s += step_s
+        every = p.config.print_every
+        self._print_due |= bool(every) and (number + 1) % every == 0
+        if not result.steps:
+            return
+        mean = {name: seconds / result.steps for name, seconds in since.items()}
+        self._since = dict.fromkeys(since, 0.0)
+        self._step_times.append(mean["step"])
+        self._epoch_rows += result.rows
+        if result.skipped:
+            progress.skipped += result.steps
+            self._log({"kind": "event", "event": "skipped update", "step": number + 1,
+                       "reason": "loss or gradient not finite"})
+        else:
+            progress.loss_sum += result.loss * result.weight
+            progress.weight_sum += result.weight
+        if result.round is not None and (result.round.lost_steps or result.round.left_out):
+            self._log({"kind": "event", "event": "left out", "step": number + 1, "ranks": result.round.left_out,
+                       "rank_steps": result.round.lost_steps, "reason": "loss, gradient or state not finite"})
+        if log:
+            self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": result.loss,
+                       "lr": p.schedule.lr(number), "grad_norm": result.grad_norm,
+                       "samples_per_s": result.rows / result.steps / mean["step"], "compute_s": mean["compute"],
+                       "comm_s": mean["comm"], "hidden": result.hidden, "input_s": mean["input"],
+                       **({"round": {"steps": result.steps, **asdict(result.round)}} if p.local else {})})
+        if self._print_due:
+            self._print_due = False
+            self._console.line(f"Step {number + 1}, loss = {result.loss:.2f}")
+        self._console.progress(number + 1, p.total_steps, result.loss)
+
+    def count_stretch(self, came: Any, seconds: float) -> None:
+        """Take over what rank 0 has counted step by step in a stretch out of step (`sync.server.Stretch`). Local."""
+        progress = self._parts.session.progress
+        progress.step, progress.skipped = came.version, progress.skipped + came.skipped
+        progress.loss_sum += came.loss
+        progress.weight_sum += came.weight
+        self._epoch_rows, self._epoch_s = self._epoch_rows + came.rows, seconds
+
+    def end_epoch(self, epoch: int, val: dict[str, Any]) -> None:
+        """Print and log an epoch with its validation metrics, and begin the next one. Local."""
+        p = self._parts
+        progress, steps = p.session.progress, p.config.steps
+        train_loss = progress.loss_sum / progress.weight_sum if progress.weight_sum else float("nan")
+        progress.loss_sum = progress.weight_sum = 0.0
+        rate = self._epoch_rows / self._epoch_s
+        hidden = hidden_share(self._comm_s[0], self._flight_s[0])
+        self._comm_s[0] = self._flight_s[0] = 0.0
+        self._epoch_rows = self._epoch_s = 0.0
+        epochs = None if steps is not None else p.total_steps // p.steps_per_epoch
+        self._console.line(epoch_line(epoch + 1, epochs, train_loss, val, rate, self._spent,
+                                      hidden if p.plan.overlap else None))
+        self._log({"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "train_loss": train_loss, "val": val,
+                   "samples_per_s": rate, "seconds": dict(self._spent), "hidden": hidden})
+        self._spent = dict.fromkeys(self._spent, 0.0)

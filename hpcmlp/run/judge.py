@@ -1,0 +1,62 @@
+"""Validation within a run: metrics of the usable parameters, and whether they are the best so far."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.comm.agreement import alike
+from hpcmlp.errors import ConfigError
+from hpcmlp.nn.network import Network
+from hpcmlp.run.parts import EVALUATION_ROWS, Parts
+
+HIGHER_IS_BETTER = ("accuracy", "label_accuracy", "subset_accuracy", "top", "auc", "f1", "precision", "recall", "r2")
+
+
+class Judge:
+    """Evaluates parameters of a run while it goes on.
+
+    Local.
+
+    parts : of the run. monitor : the metric to get better, "auto" for accuracy of classes and loss of other tasks.
+    """
+
+    def __init__(self, parts: Parts, monitor: str):
+        self._parts = parts
+        self.monitor = monitor if monitor != "auto" else \
+            ("accuracy" if parts.manifest.task == "classification" else "loss")
+        self._network: Network | None = None  # for parameters that are not the live ones
+
+    def validate(self) -> dict[str, Any]:
+        """Evaluate the validation rows with the usable parameters and keep them when they are the best so far.
+
+        Collective. Raises ConfigError when there is no metric of the monitored name.
+        """
+        session = self._parts.session
+        usable, progress = session.usable(), session.progress
+        val = self.evaluate(self._parts.val, usable)
+        if self.monitor not in val:
+            raise alike(ConfigError(f"--monitor {self.monitor!r} is not a validation metric of this run; legal: "
+                                    f"{', '.join(sorted(val))}."))
+        value = val[self.monitor]
+        sign = -1.0 if self.monitor.startswith(HIGHER_IS_BETTER) else 1.0
+        if math.isfinite(value) and (progress.best_value is None or sign * value < sign * progress.best_value):
+            progress.best_value, progress.best_step, progress.best_val = value, progress.step, val
+            progress.worse = 0
+            session.keep_best(usable)
+        else:
+            progress.worse += 1
+        return val
+
+    def evaluate(self, loader: Any, flat: np.ndarray) -> dict[str, Any]:
+        """Return the metrics of the host parameters `flat`; the live parameters stay as they are. Collective."""
+        from hpcmlp.run.evaluation import evaluate_split  # after the first epoch, not before the first step
+        p = self._parts
+        network = p.network
+        if flat is not network.params:
+            if self._network is None:
+                rows = min(EVALUATION_ROWS, max(p.manifest.rows("val"), p.manifest.rows("test")))
+                self._network = Network(p.spec, p.ops, rows)
+            network = self._network
+            p.ops.from_host(flat, network.params)
+        return evaluate_split(network, p.ops, p.loss, loader, p.comm, p.manifest, full=False)

@@ -1,0 +1,96 @@
+"""Which options of a run go together: with each other, the data set, the ranks, and the run that is resumed.
+
+`config` is the options of `train`, by their names as attributes.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from hpcmlp.comm import check_wire
+from hpcmlp.data.manifest import Manifest
+from hpcmlp.errors import ConfigError, DataError, flag
+from hpcmlp.nn.losses import Loss, balanced_class_weights, default_loss
+
+# Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
+# (but for its rounding).
+FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
+                  "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
+                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps",
+                  "servers", "staleness", "staleness_lr", "worker_timeout"}
+SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
+
+
+def check_fits(config: Any, manifest: Manifest, size: int) -> None:
+    """Raise ConfigError or DataError when the options cannot work with the data set or on `size` ranks. Local."""
+    if config.epochs is not None and config.steps is not None:
+        raise ConfigError("both --epochs and --steps are given; give one of them.")
+    check_wire(config.sync, config.wire)
+    if config.sync == "server":
+        from hpcmlp.sync.server import check_options  # few runs want it
+        check_options(config, size)
+    else:
+        for name in SERVER_OPTIONS:
+            if getattr(config, name) not in (None, False):
+                raise ConfigError(f"{flag(name)} has no effect with --sync {config.sync}; it belongs to --sync server.")
+    alone = {f"--sync {config.sync}": config.sync in ("native", "server"), "--full-update": config.full_update,
+             "--local-steps": config.local_steps > 1, "--outer-optimizer": config.outer_optimizer != "none"}
+    odd = [name for name, given in alone.items() if given]
+    if config.overlap and odd:
+        raise ConfigError(f"--overlap has no effect with {odd[0]}, which sends nothing while it computes; leave one "
+                          "out.")
+    if config.trace_steps is not None and not config.trace:
+        raise ConfigError("--trace-steps has no effect without --trace; give both.")
+    for name in ("outer_lr", "outer_momentum"):
+        if getattr(config, name) is not None and config.outer_optimizer == "none":
+            raise ConfigError(f"{flag(name)} has no effect with --outer-optimizer none; it belongs to nesterov.")
+    if manifest.rows("train") == 0:
+        raise DataError(f"{config.data}: the data set has no training rows; prepare it with more rows or smaller "
+                        "--val-fraction and --test-fraction.")
+    if config.early_stopping is not None and manifest.rows("val") == 0:
+        raise ConfigError("--early-stopping needs validation rows; prepare the data set with --val-fraction above 0.")
+
+
+def chosen(config: Any, owner: str, own: Iterable[str], table: dict[str, Iterable[str]]) -> dict[str, Any]:
+    """Return the options named in `own` that were given; one given that only others of `table` have is an error.
+
+    Local. Raises ConfigError: a setting that cannot take effect is never passed over in silence.
+    """
+    every = {name for names in table.values() for name in names if hasattr(config, name)}
+    given = {name: getattr(config, name) for name in every if getattr(config, name) not in (None, False)}
+    odd = sorted(set(given) - set(own))
+    if odd:
+        users = [key for key, names in table.items() if odd[0] in names]
+        raise ConfigError(f"{flag(odd[0])} has no effect with {owner}; it belongs to {', '.join(users)}.")
+    return given
+
+
+def make_loss(config: Any, manifest: Manifest) -> Loss:
+    """Return the loss that the options and the task ask for. Local; raises ConfigError when they do not go together."""
+    kind = default_loss(manifest.task) if config.loss == "auto" else config.loss
+    options: dict[str, Any] = {}
+    if kind == "softmax_cross_entropy":
+        options["label_smoothing"] = config.label_smoothing
+        options["class_weights"] = class_weights(config.class_weights, manifest)
+    elif config.label_smoothing or config.class_weights != "none":
+        raise ConfigError(f"--label-smoothing and --class-weights act on softmax_cross_entropy only, not on {kind}.")
+    if kind == "huber":
+        options["delta"] = config.huber_delta
+    if kind == "quantile":
+        options["quantiles"] = tuple(config.quantiles)
+    return Loss(kind, **options)
+
+
+def class_weights(text: str, manifest: Manifest) -> tuple[float, ...] | None:
+    """Return one weight per class for 'none', 'balanced' or a comma-separated list. Local; raises ConfigError."""
+    if text == "none":
+        return None
+    if text == "balanced":
+        return balanced_class_weights(manifest.class_counts["train"])
+    try:
+        weights = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != len(manifest.classes or ()) or not all(0 <= w < float("inf") for w in weights):
+        raise ConfigError(f"--class-weights {text!r}: give 'none', 'balanced' or {len(manifest.classes or ())} numbers "
+                          "of at least 0, comma-separated.")
+    return weights

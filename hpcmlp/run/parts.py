@@ -1,0 +1,243 @@
+"""The parts of a training run, planned once: loaders, network, collectives, strategy, optimizer, step and session."""
+
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.comm import messages, open_exchange, rule
+from hpcmlp.comm.agreement import agreed
+from hpcmlp.comm.topology import Topology
+from hpcmlp.data.loader import Loader
+from hpcmlp.data.manifest import Manifest
+from hpcmlp.data.samples import available_bytes
+from hpcmlp.errors import Unavailable
+from hpcmlp.nn.network import Network, NetworkSpec
+from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
+from hpcmlp.nn.schedules import DEFAULTS as SCHEDULES
+from hpcmlp.nn.schedules import Schedule
+from hpcmlp.ops import open_ops
+from hpcmlp.run.options import chosen, make_loss
+from hpcmlp.run.session import Session
+from hpcmlp.sync import Plan, make_strategy, plan
+from hpcmlp.sync.buckets import Bucket
+from hpcmlp.sync.control import ControlWords
+from hpcmlp.sync.step import Step
+
+DEFAULT_EPOCHS = 10
+EVALUATION_ROWS = 1024
+LOST_TAG = 21    # of the communicator that survivors make
+
+
+class Parts:
+    """Everything that the loop over the steps uses.
+
+    Collective over `topology.comm`. Raises HpcmlpError, on all ranks alike, when the options cannot work.
+
+    Parameters
+    ----------
+    config : the options of `train`.
+    topology : where the ranks are; replaced when ranks are lost, as `comm` is.
+    manifest : of the data set.
+
+    Attributes
+    ----------
+    loader, val : batches of the training rows, and of the validation rows (None without any).
+    roles, apart : with --sync server who serves and who works, and out of step this rank's side of it; else None.
+    local : whether ranks take steps by themselves between meetings.
+    """
+
+    def __init__(self, config: Any, topology: Topology, manifest: Manifest):
+        self.config, self.topology, self.comm, self.manifest = config, topology, topology.comm, manifest
+        self.roles: Any = None
+        self.apart: Any = None
+        if config.sync == "server":
+            from hpcmlp.comm.served import Roles
+            self.roles = Roles(config.servers or 1, topology.size)
+        with agreed(self.comm):
+            self.loader = self.open_loader("train")
+            self.val = self.open_loader("val") if manifest.rows("val") else None
+            self.ops = open_ops(config.device, topology.local_rank)
+            self.loss = make_loss(config, manifest)
+            self.spec = NetworkSpec((manifest.num_features, *config.hidden,
+                                     self.loss.num_outputs(manifest.task, manifest.num_outputs)),
+                                    config.activation, config.dropout, config.layer_norm, config.residual)
+            self.local = config.local_steps > 1 or config.outer_optimizer != "none"
+            self.steps_per_epoch = self.loader.steps_per_epoch
+            epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
+            self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
+            self.schedule = self._schedule()
+            self._hyper = chosen(config, f"--optimizer {config.optimizer}", HYPER[config.optimizer], HYPER)
+            empty = make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self._hyper)
+            self._require_memory(len(empty.state))
+        self._plan_step()
+
+    def open_loader(self, split: str) -> Loader:
+        """Return the loader of this rank's share of a split. Local; raises DataError or InputMissing."""
+        c = self.config
+        limit = None if c.memory_limit is None else int(c.memory_limit * 2**20)
+        place = self.topology.rank, self.topology.size
+        if self.roles is not None and split == "train":
+            from hpcmlp.sync.server import read_staleness
+            from hpcmlp.sync.tasks import Idle, Tasks
+            place = self.roles.share(self.topology.rank)
+            if place is None:
+                return Idle(self.manifest, c.global_batch_size)
+            if read_staleness(c.staleness):
+                place, slots = (0, 1), place[1]
+                return Tasks(Loader(c.data, self.manifest, split, 0, 1, c.global_batch_size, seed=c.seed,
+                                    memory_limit=limit, verify=c.verify), slots)
+        return Loader(c.data, self.manifest, split, *place, c.global_batch_size if split == "train" else None,
+                      seed=c.seed, memory_limit=limit, verify=c.verify)
+
+    def _schedule(self) -> Schedule:
+        c = self.config
+        options = chosen(c, f"--schedule {c.schedule}", SCHEDULES[c.schedule], SCHEDULES)
+        if c.schedule == "exponential":
+            options["interval"] = self.steps_per_epoch
+        return Schedule(c.schedule, c.lr, self.total_steps, c.warmup_steps, **options)
+
+    def _require_memory(self, moments: int) -> None:
+        """Raise Unavailable when the network's vectors and activations cannot fit beside those of this node's ranks."""
+        t, sizes = self.topology, self.spec.sizes
+        flat = 4 * self.spec.layout().size
+        owners = 1 if self.config.full_update or self.local else t.size
+        # params, grads, moments, best; with local steps also where the ranks last met, and its momentum
+        vectors = flat * (2 + moments / owners + (self.manifest.rows("val") > 0) + 2 * self.local)
+        if self.roles is not None and t.rank < self.roles.servers:
+            # Slices of moments, and of what every worker sends and gets out of step.
+            vectors += flat * (moments / self.roles.servers - moments / owners)
+            if self.config.staleness not in (None, "0"):
+                vectors += 2 * flat * len(self.roles.workers) / self.roles.servers
+        if self.config.wire != "float32" and (t.num_nodes > 1 or self.config.sync == "ring"):
+            vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
+        rows = -(-self.loader.local_rows_max // self.config.accumulate)
+        needed = int(vectors + 8 * rows * sum(sizes))
+        available = available_bytes()
+        if self.config.device == "cpu" and available is not None and needed * t.local_size > available:
+            raise Unavailable(f"the network {'-'.join(map(str, sizes))} with local batches of {rows} rows needs about "
+                              f"{needed / 2**30:,.1f} GiB on each of the node's {t.local_size} ranks, and "
+                              f"{available / 2**30:,.1f} GiB are free on {t.host}; use smaller --hidden or "
+                              "--global-batch-size, --accumulate, or fewer ranks per node.")
+
+    def _plan_step(self) -> None:
+        """Make the network, the strategy, the optimizer and every buffer of the step."""
+        c, m, ops, topology = self.config, self.manifest, self.ops, self.topology
+        rows = max(-(-self.loader.local_rows_max // c.accumulate), min(EVALUATION_ROWS, m.rows("val")))
+        layout = self.spec.layout()
+        self.exchange = open_exchange(self._sync(), topology, layout.size, np.float32, own_params=c.full_update,
+                                      wire=c.wire, servers=c.servers or 1, overlap=self._may_overlap())
+        on_host = c.device == "cpu"
+        self.plan = self._plan_buckets(layout.size)
+        self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
+                               self.exchange.grads if on_host else None, piece=self.plan.piece)
+        ops.from_host(self._initial_parameters(), self.network.params)
+
+        def strategy(whole: bool, params: Any) -> Any:
+            make = make_strategy(whole, self.exchange.collective.narrow, self.plan.overlap)
+            return make(self.exchange.collective, self.plan.buckets, topology.size, params, self.network.grads, ops)
+
+        self.strategy = strategy(c.full_update or self.local, self.network.params)
+        optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self._hyper)
+        average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
+        if average is not None:
+            average.start(self.network.params)
+        parts = (self.network, self.loss, optimizer, self.strategy, ops)
+        options = dict(rows=self.loader.local_rows_max, micro_batches=c.accumulate, clip_norm=c.clip_norm, seed=c.seed,
+                       shift=self._on_device(m.load_shift), scale=self._on_device(m.load_scale), average=average)
+        if self.local:
+            from hpcmlp.sync.local import LocalStep  # few runs want it
+            anchor = self.exchange.params if on_host else ops.zeros((layout.size,), np.float32)
+            self.step = LocalStep(*parts, **options, meets=self._meets, outer=strategy(c.full_update, anchor),
+                                  outer_optimizer=c.outer_optimizer, outer_lr=c.outer_lr,
+                                  outer_momentum=c.outer_momentum)
+        else:
+            self.step = Step(*parts, **options)
+        self.session = Session(self.comm, self.network, self.strategy, optimizer, average,
+                               self.step if self.local else None)
+        self._plan_apart()
+
+    def _meets(self, number: int) -> bool:
+        """Whether local steps end a round with step `number`: decided from facts that all ranks hold."""
+        c, t = self.config, number % self.steps_per_epoch
+        return ((t + 1) % c.local_steps == 0 or t == self.steps_per_epoch - 1 or number + 1 == self.total_steps
+                or (number + 1) % (c.checkpoint_every or self.steps_per_epoch) == 0)
+
+    def _plan_buckets(self, size: int) -> Plan:
+        c, t = self.config, self.topology
+        if self.roles is None:
+            return plan(self.spec, self.exchange.collective, t.size, t.num_nodes, c.bucket_mb, self._may_overlap())
+        return Plan(self._server_buckets(size), None, False, 4 * size / 2**20)
+
+    def _may_overlap(self) -> bool | None:
+        """What the user said; False where each step is computed alone; None where it depends on the nodes."""
+        return False if self.config.full_update or self.local else self.config.overlap
+
+    def _server_buckets(self, size: int) -> list[Bucket]:
+        from hpcmlp.sync.storage import one_bucket
+        return one_bucket(size, self.roles)
+
+    def _plan_apart(self) -> None:
+        """Prepare what workers and servers send each other out of step, where that is asked for."""
+        c = self.config
+        if self.roles is None:
+            return
+        from hpcmlp.sync.server import DEFAULT_TIMEOUT_S, Apart, read_staleness
+        staleness = read_staleness(c.staleness)
+        if staleness:
+            self.apart = Apart(self.comm, self.roles, self.step,
+                               self.loader if self.topology.rank in self.roles.workers else None,
+                               staleness=staleness, staleness_lr=c.staleness_lr, learning_rate=self.schedule.lr,
+                               timeout_s=c.worker_timeout or DEFAULT_TIMEOUT_S)
+
+    def _sync(self) -> str:
+        """Return the collectives to open: where "auto" would try, a resumed run keeps those that it had.
+
+        Sums over ranks differ in rounding between collectives, and a trial need not end twice alike. Ranks on other
+        nodes, or in other numbers, change the order of sums anyway: then it tries again.
+        """
+        c, t = self.config, self.topology
+        if not (c.resume and c.sync == "auto" and rule(t, c.wire)[0] is None):
+            return c.sync
+        name = b"auto"
+        with agreed(self.comm):
+            if t.rank == 0:
+                from hpcmlp.run import checkpoint
+                state, _ = checkpoint.newest_good(c.out)
+                had = {} if state is None else state.meta.get("sync", {})
+                if (had.get("ranks"), had.get("nodes")) == (t.size, t.num_nodes):
+                    name = had["name"].encode()
+        return messages.broadcast_bytes(self.comm, name if self.comm.rank == 0 else None).decode()
+
+    def _on_device(self, values: list[float] | None) -> Any:
+        """Return float32 `values` where the arithmetic runs."""
+        if values is None:
+            return None
+        array = self.ops.empty((len(values),), np.float32)
+        self.ops.from_host(np.array(values, np.float32), array)
+        return array
+
+    def _initial_parameters(self) -> np.ndarray:
+        """Rank 0 draws the initial parameters and gives them out."""
+        layout = self.spec.layout()
+        flat = np.empty(layout.size, np.float32)
+        if self.topology.rank == 0:
+            from hpcmlp.nn.initializers import initialize  # brings numpy.random along
+            flat[...] = initialize(self.spec, self.config.seed, self.config.initializer, np.float32)
+        messages.broadcast(self.comm, flat)
+        return flat
+
+    def go_on_without(self, lost: list[int]) -> None:
+        """Make the survivors a world of their own. Collective over the survivors.
+
+        lost : ranks that --sync server, out of step, has given up.
+        """
+        from hpcmlp.comm.served import Roles, Served
+        group = self.comm.group.Incl(self.apart.survivors(lost))
+        self.comm = self.session.comm = self.comm.Create_group(group, LOST_TAG)
+        self.topology = Topology(self.comm)
+        self.roles = Roles(self.roles.servers, self.comm.size)
+        self.exchange.collective = Served(self.comm, self.roles.servers)
+        self.strategy.go_on(self.exchange.collective, self._server_buckets(self.network.layout.size), self.comm.size)
+        self.step.words = ControlWords(self.comm.size)
+        if self.val is not None:
+            self.val = self.open_loader("val")
