@@ -118,7 +118,7 @@ test-%: $(VENV)/test-extras ## the tests of the world at that number of ranks
 	$(MPIEXEC) -n $* $(PYTEST) -q --only-mpi -p no:cacheprovider
 
 lint: $(VENV)/test-extras ## style check by ruff
-	$(BIN)/ruff check setup.py hpcmlp tests benchmarks
+	$(BIN)/ruff check setup.py hpcmlp tests benchmarks jobs
 
 check: $(INSTALLED) ## what runs here: MPI library, cores, BLAS threads; ring between two ranks
 	$(MPIEXEC) -n 2 $(BIN)/python -c "from hpcmlp import launch; w = launch.open_world(); w.rank or print(w)"
