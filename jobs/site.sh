@@ -7,8 +7,9 @@
 # module load gcc openmpi
 
 # 2 Environment: where hpcmlp is installed. In a container: PYTHON=(apptainer exec --nv hpcmlp.sif python3)
-ENVIRONMENT=${ENVIRONMENT:-$PWD/.venv}
-PYTHON=("$ENVIRONMENT/bin/python")
+# (not called ENVIRONMENT: SLURM sets that to BATCH)
+HPCMLP_ENV=${HPCMLP_ENV:-$PWD/.venv}
+PYTHON=("$HPCMLP_ENV/bin/python")
 
 # 3 Launcher. srun (the usual), or mpirun: the MPI's own mpiexec, where srun and the MPI library do not go together.
 LAUNCHER=${LAUNCHER:-srun}
@@ -36,8 +37,8 @@ if [ "$LAUNCHER" = srun ]; then
     [ "$MPI_TYPE" != auto ] || MPI_TYPE=$(mpi_type)
     # kill-on-bad-exit: else one killed rank leaves the others waiting until the time limit
     LAUNCH=(srun --mpi="$MPI_TYPE" --kill-on-bad-exit=1 --unbuffered)
-else
-    MPIEXEC=${MPIEXEC:-$ENVIRONMENT/bin/mpiexec}
+elif [ "$LAUNCHER" = mpirun ]; then
+    MPIEXEC=${MPIEXEC:-$HPCMLP_ENV/bin/mpiexec}
     [ -x "$MPIEXEC" ] || MPIEXEC=mpiexec
     LAUNCH=("$MPIEXEC" -n "${SLURM_NTASKS:?LAUNCHER=mpirun needs the number of ranks: give --ntasks-per-node}")
     # Open MPI binds ranks to single cores, of every job the same: leave the cores to SLURM

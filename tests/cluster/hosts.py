@@ -44,7 +44,9 @@ while :; do sleep 3600 & wait $!; done
 ON = """#!/bin/sh
 # on HOST COMMAND...: run COMMAND on HOST, on its cores, in this directory.
 host=$1; shift
-exec taskset -c "$(cat {place}/$host.cores)" nsenter -t "$(cat {place}/$host.pid)" -n -u -m -i -p --wd="$PWD" -- "$@"
+# the directory is entered inside: through --wd it would stand on login's mount, and renaming to an own path would fail
+exec taskset -c "$(cat {place}/$host.cores)" nsenter -t "$(cat {place}/$host.pid)" -n -u -m -i -p -- \\
+    sh -c 'cd "$0" && exec "$@"' "$PWD" "$@"
 """
 
 # What a launcher takes for ssh. Like ssh it gives a bare environment, and 255 when the other side was killed: without
@@ -122,6 +124,7 @@ class Cluster:
         for name, text in (("on", ON), ("agent", AGENT)):
             (PLACE / name).write_text(text.format(place=PLACE))
             (PLACE / name).chmod(0o755)
+        (PLACE / "ssh").symlink_to("agent")     # what launchers that are told nothing look for
 
     def _start_host(self, number, name):
         available = sorted(os.sched_getaffinity(0))

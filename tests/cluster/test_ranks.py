@@ -1,6 +1,10 @@
 """hpcmlp over several hosts: what it sees, what it computes, what crosses the links, and how it ends."""
 
 import json
+import os
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +160,20 @@ def test_the_tests_of_the_collectives_pass_between_hosts(run_hosts):
                      "tests/comm/test_topology.py", "tests/comm/test_shared.py", timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_the_readmes_command_over_ssh_works_as_it_stands(run_hosts, hpcmlp, tmp_path):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    command = re.search(r"Without SLURM, over hosts.*?^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)[1]
+    x = np.random.default_rng(0).standard_normal((400, 2))
+    np.savetxt(tmp_path / "measurements.csv", np.column_stack([x, x @ (2, -1)]), delimiter=",", header="a,b,yield",
+               comments="")
+    done = hpcmlp("prepare", "measurements.csv", "--target", "yield", "--out", "data/measurements", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = run_hosts("2,2", "bash", "-euc", command, cwd=tmp_path, env=path)
+    if done.returncode and "unrecognized" in done.stderr + done.stdout:
+        pytest.skip("the launcher is not MPICH's, whose options the README shows")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 on 2 nodes" in done.stdout and summary(tmp_path / "runs/hosts")["epochs"] == 20

@@ -92,7 +92,7 @@ def slurm(tmp_path, monkeypatch):
         beside = Path(sys.executable).parent / "mpiexec"
         environment = {**kept, "PATH": f"{standin}:{os.environ['PATH']}", "STANDIN": str(standin),
                        "TMPDIR": str(tmp_path), "STANDIN_MPIEXEC": str(beside) if beside.exists() else "mpiexec",
-                       "PYTHONPATH": str(JOBS.parent), "ENVIRONMENT": str(Path(sys.executable).parent.parent),
+                       "PYTHONPATH": str(JOBS.parent), "HPCMLP_ENV": str(Path(sys.executable).parent.parent),
                        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                        "SLURM_JOB_ID": "7", "SLURM_NTASKS": str(ranks), "SLURM_JOB_NUM_NODES": str(nodes),
                        "SLURM_CPUS_PER_TASK": "1", **{name: str(value) for name, value in variables.items()}}
@@ -118,7 +118,7 @@ def finish(process, code=0, timeout=120):
 
 @pytest.fixture
 def data(slurm):
-    finish(slurm("prepare.sh", slurm.folder / "clouds.npz", "--seed", 1))
+    finish(slurm("prepare.sh", slurm.folder / "clouds.npz", "--seed", 1, ranks=""))
     return slurm.folder / "data/clouds"
 
 
@@ -233,7 +233,7 @@ def test_a_failed_measurement_ends_the_study(slurm):
 
 
 def test_the_bundle_holds_all_a_run_needs(slurm, data):
-    assert "wrote hpcmlp-bundle.tar" in finish(slurm("bundle.sh"))
+    assert "wrote hpcmlp-bundle.tar" in finish(slurm("bundle.sh", ranks=""))
     local = slurm.folder / "local-disk"
     finish(slurm("train-bundle.sh", DATA=data, RUN="runs/bundle", OPTIONS=SHORT, LOCAL=local, LOCAL_DATA="yes",
                  PYTHONPATH=""))
