@@ -184,6 +184,9 @@ class TrainConfig:
     verify: bool = option(True, help="verify the shards' checksums when they are opened")
     time_limit: float | None = option(None, kind=float, above=0.0, help="stop, save and exit 75 before so many minutes "
                                       "have passed", metavar="MINUTES")
+    watchdog: float = option(60.0, low=0.0, help="say which rank the others wait for, and where it is, after so many "
+                             "seconds, and end the job with 75 after twice as many when it gives no sign of life, else "
+                             "5 times (30 times while it reads, evaluates or saves); 0: never", metavar="SECONDS")
     trace: bool = option(False, help="write RUN/trace.json: one timeline of all ranks (layers, buckets, waits, update) "
                          "for a browser's trace viewer")
     trace_steps: int | None = option(None, kind=int, low=1, high=10_000, help="steps of the timeline, after a short "
@@ -202,6 +205,9 @@ class EvaluateConfig:
     top_k: int = option(5, low=1, help="k of the top-k accuracy")
     rows_per_batch: int = option(4096, low=1, help="samples that one rank takes through the network at once")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
+    watchdog: float = option(60.0, low=0.0, help="say which rank the others wait for, and where it is, after so many "
+                             "seconds, and end the job with 75 after twice as many when it gives no sign of life, else "
+                             "30 times; 0: never", metavar="SECONDS")
     json: bool = option(False, help="print one JSON object and nothing else")
 
 
@@ -218,6 +224,9 @@ class PredictConfig:
     which: str = option("best", choices=("best", "last"), help="the best state by validation, or the newest")
     rows_per_batch: int = option(4096, low=1, help="samples that one rank takes through the network at once")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
+    watchdog: float = option(60.0, low=0.0, help="say which rank the others wait for, and where it is, after so many "
+                             "seconds, and end the job with 75 after twice as many when it gives no sign of life, else "
+                             "30 times; 0: never", metavar="SECONDS")
     force: bool = option(False, help="replace FILE.h5 when it exists")
 
 

@@ -23,8 +23,8 @@ INSIDE = {
             "npz_reader parquet_reader readers row_file splits statistics download sources targets preprocess cleaning "
             "selection summary shards describe samples resident streamed loader",
     "sync": "buckets control strategy narrow overlap sync step local ledger storage tasks server",
-    "run": "run faults signals checkpoint directory coordinator options session parts account roc evaluation judge "
-           "record curves trace timeline io_rates",
+    "run": "run faults signals signs lateness beacon watchdog checkpoint directory coordinator options session parts "
+           "account roc evaluation judge record curves trace timeline io_rates",
     "programs": "programs prepare train evaluate predict inspect report bench",
 }
 # config stands beside the row: it imports errors only, and programs and cli alone import it.

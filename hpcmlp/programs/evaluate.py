@@ -1,16 +1,19 @@
 """Compute exact metrics over every sample of a split once."""
 
+from functools import partial
 from typing import Any
 
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import EvaluateConfig
 from hpcmlp.data.loader import Loader
+from hpcmlp.launch import end_all
 from hpcmlp.nn.losses import Loss
 from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import open_dataset
 from hpcmlp.run.directory import to_json
 from hpcmlp.run.evaluation import check_fits, evaluate_split, open_model, open_network
+from hpcmlp.run.watchdog import Watchdog
 
 MEMORY_BYTES = 1 << 30  # of a rank's samples; more are streamed
 CONFUSION_SHOWN = 20  # classes; a larger table is only in the JSON
@@ -19,6 +22,13 @@ CONFUSION_SHOWN = 20  # classes; a larger table is only in the JSON
 def main(config: EvaluateConfig, comm: Any) -> int:
     """Evaluate the model of a run. Collective over `comm`; returns 0, or raises HpcmlpError. Writes no file."""
     topology = Topology(comm)
+    with Watchdog(topology, config.watchdog, None, partial(end_all, comm)):
+        _evaluate(config, comm, topology)
+    topology.free()
+    return 0
+
+
+def _evaluate(config: EvaluateConfig, comm: Any, topology: Topology) -> None:
     model, flat = open_model(config.run, config.which, comm)
     directory = config.data or model.data
     manifest = open_dataset(comm, directory)
@@ -34,8 +44,6 @@ def main(config: EvaluateConfig, comm: Any) -> int:
         result = {"split": config.split, **figures, "run": config.run, "data": str(directory), "step": model.step,
                   "parameters_sha256": model.parameters_sha256}
         print(to_json(result) if config.json else table(result, manifest.name), flush=True)
-    topology.free()
-    return 0
 
 
 def table(result: dict[str, Any], name: str) -> str:

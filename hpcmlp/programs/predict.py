@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from hpcmlp.data.manifest import FILE_NAME, read_manifest
 from hpcmlp.data.preprocess import Preprocessor, Report
 from hpcmlp.data.readers import open_table
 from hpcmlp.data.row_file import Field, RowWriter, check_new_file, lay_out, publish
+from hpcmlp.launch import end_all
 from hpcmlp.nn.losses import Loss
 from hpcmlp.ops import open_ops
 from hpcmlp.run.checkpoint import Model
 from hpcmlp.run.evaluation import Inputs, check_fits, open_model, open_network
+from hpcmlp.run.watchdog import Watchdog
 
 MEMORY_BYTES = 1 << 30  # of a rank's samples of a data set directory; more are streamed
 
@@ -32,6 +35,13 @@ def main(config: PredictConfig, comm: Any) -> int:
     The file appears whole under its name, or not at all.
     """
     topology = Topology(comm)
+    with Watchdog(topology, config.watchdog, None, partial(end_all, comm)):
+        _predict(config, comm, topology)
+    topology.free()
+    return 0
+
+
+def _predict(config: PredictConfig, comm: Any, topology: Topology) -> None:
     with agreed(comm):
         if comm.rank == 0:
             check_new_file(config.out, config.force)
@@ -64,8 +74,6 @@ def main(config: PredictConfig, comm: Any) -> int:
             temporary.unlink(missing_ok=True)
     if comm.rank == 0:
         say(config, rows.num_rows, outputs, notes)
-    topology.free()
-    return 0
 
 
 class Rows:

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from hpcmlp.run.options import FREE_ON_RESUME, check_fits
 from hpcmlp.run.parts import Parts
 from hpcmlp.run.record import checkpoint_meta, header_rows, options, summary
 from hpcmlp.run.signals import StopFlag
+from hpcmlp.run.watchdog import END, INPUT, SAVE, STEP, VALIDATION, Watchdog, watch_limit
 from hpcmlp.sync.control import ControlWords
 from hpcmlp.sync.step import StepResult
 
@@ -41,8 +43,9 @@ def main(config: TrainConfig, comm: Any) -> int:
             directory = RunDirectory(config.out, config.resume)
     try:
         # Whether numbers are finite is decided from the control words; NumPy's warnings would only add noise.
-        with np.errstate(all="ignore"):
-            training = Training(config, Parts(config, topology, manifest), directory)
+        with np.errstate(all="ignore"), Watchdog(topology, watch_limit(config), config.out, partial(end_all, comm)) \
+                as watch:
+            training = Training(config, Parts(config, topology, manifest), directory, watch)
             return training.run()
     finally:
         if directory is not None:
@@ -55,11 +58,11 @@ def main(config: TrainConfig, comm: Any) -> int:
 class Training:
     """One run: the loop over the steps, and what is due between them.
 
-    Collective over the parts' communicator. `directory` is None on all ranks but 0.
+    Collective over the parts' communicator. `directory` is None on all ranks but 0. `watch` is told what is done.
     """
 
-    def __init__(self, config: TrainConfig, parts: Parts, directory: Any):
-        self.config, self.parts, self.directory = config, parts, directory
+    def __init__(self, config: TrainConfig, parts: Parts, directory: Any, watch: Watchdog):
+        self.config, self.parts, self.directory, self.watch = config, parts, directory, watch
         self.session, self.step = parts.session, parts.step
         self.console = Console(parts.topology.rank == 0, config.progress)
         self.account = Account(parts, self.console, self._log)
@@ -125,6 +128,7 @@ class Training:
         """The steps of the run, each as the design's section 3 has it."""
         c, p, progress, skips = self.config, self.parts, self.session.progress, 0
         log = check = False
+        mark = self.watch.mark
         fault = None
         if "HPCMLP_FAULT" in os.environ:
             from hpcmlp.run.faults import planned_fault  # tests only
@@ -138,8 +142,10 @@ class Training:
             if self.trace is not None and self.trace.begin_step(number):
                 self._write_trace()
             begin = time.perf_counter()
+            mark(INPUT, number)
             epoch, t = divmod(number, p.steps_per_epoch)
             batch = p.loader.batch(epoch, t)
+            mark(STEP, number)
             loaded = time.perf_counter()
             if fault is not None and fault.strike(number, p.network.params):
                 raise ConfigError("HPCMLP_FAULT act=leave is for workers of --sync server with --staleness above 0.")
@@ -182,6 +188,7 @@ class Training:
         """Validate, print and log the epoch; return whether early stopping ends the run."""
         c, p, progress = self.config, self.parts, self.session.progress
         val: dict[str, Any] = {}
+        self.watch.mark(VALIDATION, progress.step - 1)
         if p.val is not None and ((epoch + 1) % c.validate_every == 0 or progress.step == p.total_steps):
             val = self.judge.validate()
         self.account.end_epoch(epoch, val)
@@ -201,6 +208,7 @@ class Training:
     def _save(self) -> None:
         """Save a checkpoint on rank 0; a failure to write ends all ranks alike."""
         begin = time.perf_counter()
+        self.watch.mark(SAVE, self.session.progress.step - 1)
         self.session.progress.seconds += time.monotonic() - self._started
         self._started = time.monotonic()
         state = self.session.capture(checkpoint_meta(self.parts))
@@ -342,6 +350,7 @@ class Training:
     def _finish(self) -> None:
         """Evaluate the test split with the best parameters, write the summary and the curves."""
         c, p, progress = self.config, self.parts, self.session.progress
+        self.watch.mark(END, progress.step)
         flat = self.session.usable() if self.session.best is None else p.strategy.whole(self.session.best)
         test: dict[str, Any] = {}
         if c.test and p.manifest.rows("test"):

@@ -7,17 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from hpcmlp.comm.messages import all_gather_bytes
 from hpcmlp.run.coordinator import Console, epoch_line
 from hpcmlp.run.parts import Parts
 from hpcmlp.sync.step import StepResult, hidden_share
 
 LAST_STEPS = 10_000  # whose times give the median step of the summary
+SLOW = 1.5           # times the usual seconds of computing and input make a rank a slow one
+SLOW_SHARE = 0.1     # of an epoch that a slow rank must cost to be named
 
 
 class Account:
     """Counts finished steps and epochs, and logs what is due.
 
-    Local. All ranks count; `log` writes on rank 0 only.
+    Local, but for the end of an epoch. All ranks count; `log` writes on rank 0 only.
 
     Parameters
     ----------
@@ -106,7 +109,10 @@ class Account:
         self._epoch_rows, self._epoch_s = self._epoch_rows + came.rows, seconds
 
     def end_epoch(self, epoch: int, val: dict[str, Any]) -> None:
-        """Print and log an epoch with its validation metrics, and begin the next one. Local."""
+        """Print and log an epoch with its validation metrics, and what each rank spent on what; begin the next one.
+
+        Collective.
+        """
         p = self._parts
         progress, steps = p.session.progress, p.config.steps
         train_loss = progress.loss_sum / progress.weight_sum if progress.weight_sum else float("nan")
@@ -114,10 +120,27 @@ class Account:
         rate = self._epoch_rows / self._epoch_s
         hidden = hidden_share(self._comm_s[0], self._flight_s[0])
         self._comm_s[0] = self._flight_s[0] = 0.0
+        epoch_s = self._epoch_s
         self._epoch_rows = self._epoch_s = 0.0
         epochs = None if steps is not None else p.total_steps // p.steps_per_epoch
         self._console.line(epoch_line(epoch + 1, epochs, train_loss, val, rate, self._spent,
                                       hidden if p.plan.overlap else None))
         self._log({"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "train_loss": train_loss, "val": val,
                    "samples_per_s": rate, "seconds": dict(self._spent), "hidden": hidden})
+        self._tell_of_ranks(epoch, epoch_s)
         self._spent = dict.fromkeys(self._spent, 0.0)
+
+    def _tell_of_ranks(self, epoch: int, epoch_s: float) -> None:
+        """Log every rank's seconds of the epoch, and name ranks that took much longer than the others. Collective."""
+        p = self._parts
+        own = np.array(list(self._spent.values()), np.float64)
+        spent = np.frombuffer(b"".join(all_gather_bytes(p.comm, own.tobytes())), np.float64).reshape(-1, own.size)
+        compute, wait, read = spent.round(6).T
+        busy = compute + read
+        usual = np.sort(busy)[(len(busy) - 1) // 2]     # of two the faster
+        slow = np.flatnonzero(busy > SLOW * usual)
+        self._log({"kind": "ranks", "epoch": epoch + 1, "step": p.session.progress.step, "compute_s": compute.tolist(),
+                   "input_s": read.tolist(), "wait_s": wait.tolist(), "slow": [int(rank) for rank in slow]})
+        for rank in (r for r in slow[:3] if busy[r] - usual > SLOW_SHARE * epoch_s):
+            self._console.line(f"rank {rank} is slow: {busy[rank]:.2f} s of computing and input this epoch, "
+                               f"{busy[rank] / usual:.1f} times the usual")

@@ -21,22 +21,25 @@ class Beacon:
     Attributes
     ----------
     node : number of this node, 0 for that of rank 0.
+    center : host, ranks and process numbers of rank 0's node, as they are when all begin.
     note : why there is no contact with rank 0's node, "" where there may be.
     """
 
-    def __init__(self, topology: Any):
+    def __init__(self, topology: Any, ranks: list[int], pids: list[int]):
         self.node, self.note = topology.cross_rank, ""
         self._socket: socket.socket | None = None
-        self._center: Any = None
+        self._address: Any = None       # of rank 0
         self._nodes: dict[int, Any] = {}    # on rank 0: who has spoken, and from where
         word = None
         if topology.rank == 0:
             self._socket = _open(("", 0))
-            word = json.dumps([topology.host, self._socket.getsockname()[1], os.urandom(8).hex()]).encode()
-        host, port, self._word = json.loads(broadcast_bytes(topology.comm, word))
+            word = json.dumps([topology.host, self._socket.getsockname()[1], os.urandom(8).hex(), ranks,
+                               pids]).encode()
+        host, port, self._word, ranks, pids = json.loads(broadcast_bytes(topology.comm, word))
+        self.center = host, ranks, pids
         if topology.local_rank == 0 and topology.rank:
             try:
-                self._center = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
+                self._address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_DGRAM)[0][4]
                 self._socket = _open(("", 0))
             except OSError as error:
                 self.note = f"host {topology.host} cannot find host {host} ({error}): its ranks are watched alone"
@@ -48,7 +51,7 @@ class Beacon:
         data = json.dumps({**message, "word": self._word, "node": self.node}).encode()
         if len(data) > MOST_BYTES:
             return
-        for address in [self._center] if self._center is not None else list(self._nodes.values()):
+        for address in [self._address] if self._address is not None else list(self._nodes.values()):
             try:
                 self._socket.sendto(data, address)
             except OSError:     # no route, a full queue: the other side sees that nothing comes

@@ -140,14 +140,18 @@ class RunDirectory:
 
 
 def _alive(pid: int) -> bool:
-    """Return whether a process `pid` exists on this host."""
+    """Return whether a process `pid` runs on this host: one that has ended and that nobody has collected does not."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError, ValueError):
         return False
     except PermissionError:
         return True
-    return pid > 0
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return pid > 0 and file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return pid > 0
 
 
 def _step_of(line: bytes) -> float:

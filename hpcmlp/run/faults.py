@@ -1,8 +1,9 @@
 """Faults on purpose, for tests: HPCMLP_FAULT="rank=1,step=40,act=kill" in the environment.
 
 `rank` and `step` select where; without them every rank, every step. `act` is one of: kill, stop (SIGSTOP), spin (for
-ever), sleep:SECONDS, signal:NAME (such as SIGUSR1, to this rank alone), raise, exit:CODE, flip (one bit of the
-parameters), leave (a worker out of step says good-bye). Unset, it costs one `is None` a step.
+ever), hold (hours of C code that keeps the interpreter), sleep:SECONDS, signal:NAME (such as SIGUSR1, to this rank
+alone), raise, exit:CODE, flip (one bit of the parameters), leave (a worker out of step says good-bye). Unset, it costs
+one `is None` a step.
 """
 
 import os
@@ -36,13 +37,15 @@ class Fault:
             os._exit(int(self.argument))
         elif self.act == "flip":
             params.view("uint32")[0] ^= 1
+        elif self.act == "hold":
+            sum(range(10**12))
         elif self.act == "spin":
             while True:
                 pass
         return self.act == "leave"
 
 
-ACTS = ("kill", "stop", "spin", "leave", "signal", "sleep", "raise", "exit", "flip")
+ACTS = ("kill", "stop", "spin", "hold", "leave", "signal", "sleep", "raise", "exit", "flip")
 
 
 def planned_fault(rank: int) -> Fault | None:

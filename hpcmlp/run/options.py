@@ -15,7 +15,8 @@ from hpcmlp.nn.losses import Loss, balanced_class_weights, default_loss
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "trace", "trace_steps",
+                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "watchdog", "trace",
+                  "trace_steps",
                   "servers", "staleness", "staleness_lr", "worker_timeout"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 

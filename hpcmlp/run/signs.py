@@ -10,6 +10,7 @@ wrapped for that, and the operation and the line cost nothing between two looks.
 
 import mmap
 import os
+import re
 import sys
 import threading
 import time
@@ -84,12 +85,13 @@ class Signs:
             barrier(node)       # every record is there before anybody judges
 
     def mark(self, phase: int, step: int) -> None:
-        """Say where the main thread is: an index into `PHASES`, and the steps done. Local, some 0.1 us."""
+        """Say where the main thread is: an index into `PHASES`, and the step in hand, from 0. Local, some 0.1 us."""
         self._mine[PLACE] = step << 3 | phase
 
     def leave(self) -> None:
         """Say that this rank leaves the run on its own account, so that nobody misses it. Local."""
         self._mine[LEAVES] = 1
+        self._mine[STACKS] = 0
 
     def offer_stacks(self, descriptor: int) -> None:
         """Say in which open file of this process the stacks stand after a SIGUSR2. Local."""
@@ -173,7 +175,7 @@ def where(frame: FrameType | None) -> tuple[bool, str, str, Any]:
         frame = frame.f_back
     if frame is None:
         return False, "", "", None
-    line = f"{_short(frame)}:{frame.f_lineno} in {frame.f_code.co_name}"
+    line = f"{_short(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
     if not frame.f_code.co_filename.startswith(COMM):
         return False, frame.f_code.co_name, line, None
     entry: FrameType | None = frame
@@ -184,12 +186,22 @@ def where(frame: FrameType | None) -> tuple[bool, str, str, Any]:
         elif frame.f_code.co_filename.startswith(PACKAGE):
             break
         frame = frame.f_back
-    caller = None if frame is None else (_short(frame), frame.f_lineno)
+    caller = None if frame is None else (_short(frame.f_code.co_filename), frame.f_lineno)
     return True, entry.f_code.co_name.strip("_"), line, caller
 
 
-def _short(frame: FrameType) -> str:
-    return os.path.basename(PACKAGE[:-1]) + os.sep + frame.f_code.co_filename[len(PACKAGE):]
+def line_of(stacks: str) -> str:
+    """Return the innermost line of the package in what faulthandler wrote of the thread that took the signal.
+
+    Local; "" when there is none.
+    """
+    _, _, current = stacks.rpartition("Current thread")
+    found = re.search(rf'File "({re.escape(PACKAGE)}[^"]*)", line (\d+) in (\S+)', current)
+    return f"{_short(found[1])}:{found[2]} in {found[3]}" if found else ""
+
+
+def _short(file: str) -> str:
+    return os.path.basename(PACKAGE[:-1]) + os.sep + file[len(PACKAGE):]
 
 
 def _map_together(node: Any, size: int) -> mmap.mmap:

@@ -27,6 +27,14 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     RunDirectory(tmp_path, False).release()
 
 
+def test_the_lock_of_a_dead_process_that_nobody_has_collected_is_taken_over(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)     # it has ended, and stays in the table
+    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": child.pid, "job": None}))
+    RunDirectory(tmp_path, False).release()
+    child.wait()
+
+
 @pytest.mark.parametrize("age, taken", [(1.0, False), (1000.0, True)])
 def test_the_lock_of_another_host_counts_while_it_shows_signs_of_life(tmp_path, age, taken):
     lock = tmp_path / "lock"
