@@ -16,13 +16,14 @@ LAYERS = [("errors",), ("node_memory",), ("launch",), ("ops",), ("nn", "comm", "
           ("programs",), ("cli",), ("__main__",)]
 # Within a folder a module imports only what stands before it; the folder's own name is its __init__.
 INSIDE = {
-    "ops": "counter activations losses plain blocked _fused host device ops",
-    "nn": "nn layout losses network initializers optimizers schedules metrics auc",
+    "ops": "counter activations losses plain blocked _fused host device cublaslt launches emulated gpu_device "
+           "ops",
+    "nn": "nn layout losses network planned initializers optimizers schedules metrics auc",
     "comm": "exact_sum messages topology agreement ring wire ring_wire native shared choice served post comm",
-    "data": "data files guard layouts tables csv_numbers manifest order arrays csv_reader hdf5_reader idx_reader "
-            "npz_reader parquet_reader readers row_file splits statistics download sources targets preprocess cleaning "
-            "selection summary shards describe samples resident streamed loader",
-    "sync": "buckets control strategy narrow overlap sync step local ledger storage tasks server",
+    "data": "data files guard layouts tables csv_numbers manifest order device_order arrays csv_reader hdf5_reader "
+            "idx_reader npz_reader parquet_reader readers row_file splits statistics download sources targets "
+            "preprocess cleaning selection summary shards describe samples resident streamed loader",
+    "sync": "buckets control strategy narrow overlap sync step planned local ledger storage tasks server",
     "run": "run faults signals signs lateness beacon watchdog checkpoint directory coordinator options session parts "
            "account roc evaluation judge record curves trace timeline io_rates",
     "programs": "programs prepare train evaluate predict inspect report bench",

@@ -34,24 +34,29 @@ class Bijection:
     ----------
     n : 0 to 2**31 - 1
     key : 64-bit integer
+
+    Attributes
+    ----------
+    table : the images of all positions where n is small, else None; then a, b, keys : sides and round keys of the
+        network.
     """
 
     def __init__(self, n: int, key: int):
         self.n = n
-        self._table: np.ndarray | None = None
+        self.table: np.ndarray | None = None
         if n <= _TABLE_ROWS:
-            self._table = np.argsort(mix64_array(key, np.arange(n, dtype=np.uint64)), kind="stable")
+            self.table = np.argsort(mix64_array(key, np.arange(n, dtype=np.uint64)), kind="stable")
             return
         # Two nearly equal factors whose product exceeds n as little as possible: then hardly any image lies outside.
         root = isqrt(n)
-        self._a = min(range(root, root - min(64, root // 4), -1), key=lambda a: -n % a)
-        self._b = -(-n // self._a)
-        self._keys = [np.uint32(mix64(key, k) >> 32) for k in range(ROUNDS)]
+        self.a = min(range(root, root - min(64, root // 4), -1), key=lambda a: -n % a)
+        self.b = -(-n // self.a)
+        self.keys = [np.uint32(mix64(key, k) >> 32) for k in range(ROUNDS)]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """Return the images of 1-D int64 `positions`, all in 0..n-1, as int64. Local."""
-        if self._table is not None:
-            return self._table[positions]
+        if self.table is not None:
+            return self.table[positions]
         out = np.empty(len(positions), np.int64)
         for start in range(0, len(positions), _BLOCK):
             block = self._network(positions[start:start + _BLOCK].astype(np.uint32))
@@ -64,13 +69,13 @@ class Bijection:
 
     def _network(self, x: np.ndarray) -> np.ndarray:
         """Map uint32 values of [0, a * b) onto themselves, one half changed by a hash of the other in each round."""
-        a, b = np.uint32(self._a), np.uint32(self._b)
+        a, b = np.uint32(self.a), np.uint32(self.b)
         left = x // b
         right = x - left * b
         hashed, rest = np.empty_like(x), np.empty_like(x)
         for k in range(0, ROUNDS, 2):
-            _round(left, right, a, self._keys[k], hashed, rest)
-            _round(right, left, b, self._keys[k + 1], hashed, rest)
+            _round(left, right, a, self.keys[k], hashed, rest)
+            _round(right, left, b, self.keys[k + 1], hashed, rest)
         left *= b
         left += right
         return left
@@ -210,6 +215,13 @@ class ShardSequence:
             self._bijections = {window: Bijection(size, key)}
             bijection = self._bijections[window]
         return bijection(offsets)
+
+    @property
+    def bijection(self) -> Bijection | None:
+        """What maps positions to rows, where one bijection does for the whole shard and epoch; else None."""
+        if self._windowed or not self._shuffle:
+            return None
+        return Bijection(self.num_rows, mix64(*self._key))
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
         """Return the row numbers at ascending int64 `positions` of the sequence, as int64. Local."""

@@ -60,7 +60,10 @@ class Layout:
     def views(self, flat: Any) -> dict[str, Any]:
         """Return every tensor as a view of `flat`. Local. flat : (size,), of any array module."""
         assert flat.shape == (self.size,)
-        return {t.name: flat[t.start:t.stop].reshape(t.shape) for t in self.tensors}
+        return {t.name: self._view(flat, t) for t in self.tensors}
+
+    def _view(self, flat: Any, tensor: Tensor) -> Any:
+        return flat[tensor.start:tensor.stop].reshape(tensor.shape)
 
     def pack(self, tensors: Mapping[str, np.ndarray], dtype: Any = np.float32) -> np.ndarray:
         """Return a new flat host vector holding `tensors`, with zero padding.
@@ -90,7 +93,7 @@ class Layout:
         """
         digest = hashlib.sha256()
         for t in self.tensors:
-            digest.update(np.ascontiguousarray(flat[t.start:t.stop], dtype="<f4"))
+            digest.update(np.ascontiguousarray(self._view(flat, t), dtype="<f4"))
         return digest.hexdigest()
 
     def parts(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int, int]]:
@@ -109,3 +112,41 @@ class Layout:
                 if max(start, tensor.start) < min(stop, tensor.stop):
                     pieces.append((index, max(start, tensor.start), min(stop, tensor.stop)))
         return pieces
+
+
+class PaddedLayout(Layout):
+    """The same tensors as a GPU likes them: every width rounded up to `WIDTH` elements, every start to `SLOT`.
+
+    Local. Weights are (out, in) matrices whose rows and columns are both padded; padding is zero and stays so. Views,
+    packing and hashes are of the logical tensors, so that files never see the padding.
+    """
+
+    WIDTH = 16   # rows of bf16 matrices begin at multiples of 32 bytes
+    SLOT = 128   # elements: 256 bytes of bf16, which the matrix products of a GPU assume
+
+    def __init__(self, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        tensors = list(tensors)
+        super().__init__(tensors)
+        self.num_params = sum(math.prod(shape) for _, shape in tensors)
+        self.padded = {name: tuple(pad(n, self.WIDTH) for n in shape) for name, shape in tensors}
+        self.tensors, start = [], 0
+        for name, shape in tensors:
+            length = math.prod(self.padded[name])
+            self.tensors.append(Tensor(name, tuple(shape), start, start + length))
+            start += pad(length, self.SLOT)
+        self.size = start
+        self.starts = [t.start for t in self.tensors]
+
+    def slot(self, flat: Any, name: str) -> Any:
+        """Return the elements of a tensor with its padding as a one-dimensional view of `flat`. Local."""
+        tensor = self.tensors[self.names.index(name)]
+        return flat[tensor.start:tensor.stop]
+
+    def _view(self, flat: Any, tensor: Tensor) -> Any:
+        whole = flat[tensor.start:tensor.stop].reshape(self.padded[tensor.name])
+        return whole[tuple(slice(n) for n in tensor.shape)]
+
+
+def pad(count: int, multiple: int) -> int:
+    """Return `count` rounded up to a multiple. Local."""
+    return -(-count // multiple) * multiple

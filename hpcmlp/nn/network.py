@@ -42,14 +42,14 @@ class NetworkSpec:
         """Number of weight layers. Local."""
         return len(self.sizes) - 1
 
-    def layout(self) -> Layout:
+    def layout(self, kind: type[Layout] = Layout) -> Layout:
         """Return the layout of the parameters: per layer weight (out, in), bias, then its norm. Local."""
         tensors = []
         for layer, (d_in, d_out) in enumerate(zip(self.sizes, self.sizes[1:], strict=False)):
             tensors += [(f"layers.{layer}.weight", (d_out, d_in)), (f"layers.{layer}.bias", (d_out,))]
             if self.layer_norm and layer < self.num_layers - 1:
                 tensors += [(f"norms.{layer}.weight", (d_out,)), (f"norms.{layer}.bias", (d_out,))]
-        return Layout(tensors)
+        return kind(tensors)
 
     def layer_starts(self) -> list[int]:
         """Return where each layer's tensors begin in the flat vector, ascending. Local.

@@ -1,0 +1,167 @@
+"""A device that needs no GPU: the same launches, with NumPy for the matrix products and a C++ compiler for the kernels.
+
+It keeps cuBLASLt's column-major layouts, epilogues and types (bf16 rounds to nearest, tf32 keeps 10 bits of the
+mantissa), and runs the blocks of a kernel one after the other: it shows what is computed, not how fast, nor races.
+"""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.errors import Unavailable
+from hpcmlp.ops.cublaslt import Product
+from hpcmlp.ops.launches import Fork, Join, Kernel, Multiply, from_bf16, to_bf16
+
+SOURCE = Path(__file__).with_name("gpu_kernels.cu")
+COMMAND = ("-std=c++20", "-O2", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-U_FORTIFY_SOURCE",
+           "-DHPCMLP_EMULATED", "-x", "c++")
+SCALARS = {np.dtype("i4"): ctypes.c_int32, np.dtype("f4"): ctypes.c_float, np.dtype("u4"): ctypes.c_uint32,
+           np.dtype("u8"): ctypes.c_uint64}
+
+
+def compile_kernels() -> Any:
+    """Return the kernels as a library of the host, compiled at the first use and kept in the temporary directory.
+
+    Local. Raises Unavailable without a C++20 compiler.
+    """
+    header = SOURCE.with_name("gpu_emulated.h")
+    digest = hashlib.sha256(SOURCE.read_bytes() + header.read_bytes() + " ".join(COMMAND).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"hpcmlp-emulated-{os.getuid()}-{digest}.so"
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}")
+        try:
+            subprocess.run([os.environ.get("CXX", "g++"), *COMMAND, str(SOURCE), "-o", str(part)], check=True,
+                           capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            text = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or ["no message"]
+            raise Unavailable(f"the emulated GPU needs a C++20 compiler to build its kernels ({text[0]}); install g++, "
+                              "or name another in CXX.") from None
+        os.replace(part, path)
+    return ctypes.CDLL(str(path))
+
+
+class EmulatedDevice:
+    """Arrays are NumPy's; what is launched has happened when `run` returns."""
+
+    name = "emulated"
+    multiprocessors = 2
+    xp = np
+
+    def __init__(self, refuse: Callable[[Product], bool] = lambda product: False):
+        self._library = compile_kernels()
+        self._kernels: dict[str, int] = {}
+        self._refuse = refuse
+
+    def zeros(self, count: int, dtype: Any) -> np.ndarray:
+        """Return an array of zeros. Local."""
+        return np.zeros(count, dtype)
+
+    def upload(self, host: np.ndarray, out: np.ndarray) -> None:
+        """Copy a host array to the device. Local."""
+        out[...] = host
+
+    def download(self, array: np.ndarray, out: np.ndarray) -> None:
+        """Copy an array of the device to the host. Local."""
+        out[...] = array
+
+    def multiply(self, product: Product, side: bool = False) -> Multiply | None:
+        """Return the launch of a product, or None when the device has no algorithm for it. Local."""
+        return None if self._refuse(product) else Multiply(product, None, side)
+
+    def tune(self, launches: list[Any]) -> None:
+        """Do nothing: there is one algorithm. Local."""
+
+    def capture(self, launches: list[Any], times: int = 1) -> Callable[[], None]:
+        """Return a function that runs the launches `times` times. Local."""
+        def replay() -> None:
+            for _ in range(times):
+                self.run(launches)
+        return replay
+
+    def run(self, launches: list[Any]) -> None:
+        """Run the launches in order. Local."""
+        with np.errstate(all="ignore"):  # a device does not complain either
+            for launch in launches:
+                if isinstance(launch, Kernel):
+                    self._launch(launch)
+                elif isinstance(launch, Multiply):
+                    multiply(launch.product)
+                elif not isinstance(launch, Fork | Join):
+                    launch()
+
+    def seconds(self, action: Callable[[], None], times: int) -> float:
+        """Return a time that means nothing, for devices that measure one. Local."""
+        return 1e-4
+
+    def synchronize(self) -> None:
+        """Do nothing: all is done. Local."""
+
+    def _launch(self, kernel: Kernel) -> None:
+        if kernel.name not in self._kernels:
+            find = getattr(self._library, f"kernel_{kernel.name}")
+            find.restype = ctypes.c_void_p
+            self._kernels[kernel.name] = find()
+        values = [_argument(a) for a in kernel.arguments]
+        prototype = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int, *(type(v) for v in values))
+        prototype(self._kernels[kernel.name])(kernel.grid, kernel.block, *values)
+
+
+def _argument(value: Any) -> Any:
+    if value is None:
+        return ctypes.c_void_p(None)
+    if isinstance(value, np.ndarray):
+        assert value.flags.c_contiguous
+        return ctypes.c_void_p(value.ctypes.data)
+    return SCALARS[value.dtype](value.item())
+
+
+def multiply(product: Product) -> None:
+    """Compute a product as cuBLASLt defines it. Local."""
+    p = product
+    a = _operand(p.a, p.lda, *((p.k, p.m) if p.trans_a else (p.m, p.k)), p.compute)
+    b = _operand(p.b, p.ldb, *((p.n, p.k) if p.trans_b else (p.k, p.n)), p.compute)
+    a, b = a.T if p.trans_a else a, b.T if p.trans_b else b
+    d = a @ b  # (m, n)
+    if p.epilogue in ("bias", "relu_bias", "relu_aux_bias"):
+        assert p.bias.dtype == p.d.dtype, "the bias has the type of the output"
+        d += _values(p.bias[:p.m])[:, None]
+    if p.epilogue == "relu_aux_bias":
+        bits = np.packbits(d > 0, axis=0, bitorder="little")  # (bytes, n)
+        assert p.aux_ld % 128 == 0 and p.aux_ld >= p.m
+        p.aux[:p.n * p.aux_ld // 8].reshape(p.n, p.aux_ld // 8)[:, :len(bits)] = bits.T
+    if p.epilogue in ("relu_bias", "relu_aux_bias"):
+        d = np.where(d > 0, d, np.float32(0))  # NaN becomes 0, as there
+    if p.epilogue == "drelu":
+        bits = p.aux[:p.n * p.aux_ld // 8].reshape(p.n, p.aux_ld // 8)
+        d = d * np.unpackbits(bits, axis=1, bitorder="little")[:, :p.m].T
+    if p.epilogue == "bgradb":
+        assert p.bias.dtype == p.d.dtype, "the bias gradient has the type of the output"
+        p.bias[:p.n] = _stored(b.sum(axis=0, dtype=np.float32), p.bias)
+    p.d[:p.n * p.ldd].reshape(p.n, p.ldd)[:, :p.m] = _stored(d.T, p.d)
+
+
+def _operand(array: np.ndarray, ld: int, rows: int, columns: int, compute: str) -> np.ndarray:
+    """The column-major matrix at the start of `array`, as (rows, columns) float32."""
+    assert ld % 8 == 0 and array.size >= (columns - 1) * ld + rows
+    whole = np.lib.stride_tricks.as_strided(array, (columns, rows), (ld * array.itemsize, array.itemsize))
+    values = _values(whole)
+    if compute == "tf32":
+        bits = values.view(np.uint32)
+        values = ((bits + np.uint32(0x0FFF) + ((bits >> np.uint32(13)) & np.uint32(1)))
+                  & np.uint32(0xFFFFE000)).view(np.float32)
+    return values.T
+
+
+def _values(array: np.ndarray) -> np.ndarray:
+    return from_bf16(array) if array.dtype == np.uint16 else np.ascontiguousarray(array)
+
+
+def _stored(values: np.ndarray, array: np.ndarray) -> np.ndarray:
+    return to_bf16(values) if array.dtype == np.uint16 else values

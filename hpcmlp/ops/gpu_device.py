@@ -1,0 +1,150 @@
+"""A GPU that runs launches: CuPy for memory, streams and graphs, cuBLASLt for the products, NVRTC for the kernels."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.ops.cublaslt import WORKSPACE_BYTES, Blas, Product
+from hpcmlp.ops.launches import Fork, Join, Kernel, Multiply
+
+TUNING_RUNS = 12
+
+
+class GpuDevice:
+    """The current CUDA device. Work is queued on its main stream and, where launches say so, on a second one.
+
+    Local.
+
+    Attributes
+    ----------
+    xp : CuPy.
+    captures : False where the environment variable HPCMLP_GPU_GRAPHS is 0: launches are then queued one by one.
+    """
+
+    def __init__(self, xp: Any):
+        self.xp = xp
+        properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
+        self.name = properties["name"].decode()
+        self.multiprocessors = int(properties["multiProcessorCount"])
+        self.stream = xp.cuda.Stream(non_blocking=True)
+        self._side = xp.cuda.Stream(non_blocking=True)
+        self._scratch = [xp.zeros(WORKSPACE_BYTES, np.uint8) for _ in range(2)]
+        self.blas = Blas(lambda a: a.data.ptr, [a.data.ptr for a in self._scratch])
+        source = Path(__file__).with_name("gpu_kernels.cu").read_text(encoding="ascii")
+        self._module = xp.RawModule(code=source, options=("--std=c++17",))
+        self._functions: dict[str, Any] = {}
+        self._events: list[Any] = []
+        self._pinned: dict[int, Any] = {}
+        self.captures = os.environ.get("HPCMLP_GPU_GRAPHS") != "0"
+        xp.cuda.runtime.deviceSynchronize()
+
+    def zeros(self, count: int, dtype: Any) -> Any:
+        """Return an array of zeros on the device. Local."""
+        with self.stream:
+            return self.xp.zeros(count, dtype)
+
+    def upload(self, host: np.ndarray, out: Any) -> None:
+        """Copy a host array to the device; the host array may be changed when this returns. Local."""
+        host = np.ascontiguousarray(host)
+        self.xp.cuda.runtime.memcpyAsync(out.data.ptr, host.ctypes.data, host.nbytes, 1, self.stream.ptr)
+        self.stream.synchronize()
+
+    def download(self, array: Any, out: np.ndarray) -> None:
+        """Copy an array of the device to the host, after all that was queued. Local."""
+        assert out.flags.c_contiguous and out.nbytes == array.nbytes
+        self.xp.cuda.runtime.memcpyAsync(out.ctypes.data, array.data.ptr, out.nbytes, 2, self.stream.ptr)
+        self.stream.synchronize()
+
+    def multiply(self, product: Product, side: bool = False) -> Multiply | None:
+        """Return the launch of a product, or None when the library has no algorithm for it. Local."""
+        planned = self.blas.plan(product)
+        return None if planned is None else Multiply(product, planned, side)
+
+    def run(self, launches: list[Any]) -> None:
+        """Queue the launches. Local."""
+        used = 0
+        for launch in launches:
+            if isinstance(launch, Kernel):
+                self._launch(launch)
+            elif isinstance(launch, Multiply):
+                stream = self._side if launch.side else self.stream
+                launch.planned(stream.ptr, int(launch.side))
+            elif isinstance(launch, Fork | Join):
+                if used == len(self._events):
+                    self._events.append(self.xp.cuda.Event(disable_timing=True))
+                event = self._events[used]
+                used += 1
+                here, there = (self.stream, self._side) if isinstance(launch, Fork) else (self._side, self.stream)
+                event.record(here)
+                there.wait_event(event)
+            else:
+                launch()
+
+    def capture(self, launches: list[Any], times: int = 1) -> Callable[[], None]:
+        """Return a function that queues the launches `times` times: as one graph, unless that is switched off.
+
+        Local. The launches must have been run before: modules are loaded then.
+        """
+        if not self.captures:
+            return lambda: [self.run(launches) for _ in range(times)] and None
+        self.stream.begin_capture()
+        try:
+            for _ in range(times):
+                self.run(launches)
+        finally:
+            graph = self.stream.end_capture()
+        graph.upload(self.stream)
+        return lambda: graph.launch(self.stream)
+
+    def synchronize(self) -> None:
+        """Wait until all that was queued is done. Local."""
+        self.stream.synchronize()
+
+    def seconds(self, action: Callable[[], None], times: int) -> float:
+        """Return the device's time of one of `times` calls, seconds. Local."""
+        begin, end = self.xp.cuda.Event(), self.xp.cuda.Event()
+        begin.record(self.stream)
+        for _ in range(times):
+            action()
+        end.record(self.stream)
+        end.synchronize()
+        return 1e-3 * float(self.xp.cuda.get_elapsed_time(begin, end)) / times
+
+    def tune(self, launches: list[Any]) -> None:
+        """Choose for every product the algorithm that is fastest on its own buffers. Local.
+
+        What the products write afterwards is what they would write in a step; nothing else is touched.
+        """
+        known: dict[str, bytes] = {}
+        for launch in launches:
+            if not isinstance(launch, Multiply):
+                continue
+            planned, key = launch.planned, launch.product.key()
+            encoded = [bytes(a) for a in planned.algorithms]
+            if key not in known:
+                known[key] = encoded[self._fastest(planned)]
+            planned.choice = encoded.index(known[key]) if known[key] in encoded else 0
+
+    def _fastest(self, planned: Any) -> int:
+        """The place of the fastest algorithm; one that fails counts as slow."""
+        times = []
+        for k in range(len(planned.algorithms)):
+            planned.choice = k
+            try:
+                planned(self.stream.ptr, 0)
+                replay = self.capture([lambda: planned(self.stream.ptr, 0)], TUNING_RUNS)
+                replay()
+                times.append(min(self.seconds(replay, 1) for _ in range(3)))
+            except RuntimeError:
+                times.append(float("inf"))
+        return int(np.argmin(times))
+
+    def _launch(self, kernel: Kernel) -> None:
+        function = self._functions.get(kernel.name)
+        if function is None:
+            function = self._functions[kernel.name] = self._module.get_function(kernel.name)
+        arguments = tuple(np.uint64(0) if a is None else a for a in kernel.arguments)
+        function((kernel.grid,), (kernel.block,), arguments, stream=self._side if kernel.side else self.stream)

@@ -1,0 +1,63 @@
+"""What a device is asked to do, as a list that can be replayed: kernels, matrix products, meetings of two streams."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.ops.cublaslt import Product
+
+# The structures of gpu_kernels.cu.
+STEP = np.dtype([("rate", "f4"), ("keep", "f4"), ("second", "f4"), ("starts", "i4"), ("number", "u8"), ("first", "u8"),
+                 ("rows", "i4"), ("unused", "i4")])
+RESULT = np.dtype([("loss", "f8"), ("weight", "f8"), ("square", "f8"), ("skipped", "i4"), ("rows", "i4")])
+CONTROL = np.dtype([("at", "i4"), ("ticket", "i4"), ("skip", "i4"), ("factor", "f4"), ("rate", "f4"), ("keep", "f4"),
+                    ("second", "f4"), ("starts", "i4"), ("loss", "f8"), ("weight", "f8"), ("square", "f8"),
+                    ("bad", "f8")])
+SHARD = np.dtype([("rows", "i4"), ("a", "i4"), ("b", "i4"), ("table", "i4"), ("keys", "u4", (6,)), ("base", "i4"),
+                  ("unused", "i4")])
+HYPER = np.dtype([("rule", "i4"), ("decoupled", "i4"), ("nesterov", "i4"), ("unused", "i4"), ("beta1", "f4"),
+                  ("beta2", "f4"), ("eps", "f4"), ("decay", "f4"), ("momentum", "f4"), ("dampening", "f4"),
+                  ("average", "f4"), ("clip", "f4")])
+
+
+@dataclass
+class Kernel:
+    """A kernel over a one-dimensional grid. arguments : arrays, None for a null pointer, and NumPy scalars."""
+
+    name: str
+    grid: int
+    block: int
+    arguments: tuple[Any, ...]
+    side: bool = False
+
+
+@dataclass
+class Multiply:
+    """A matrix product; `planned` is the device's own form of it."""
+
+    product: Product
+    planned: Any
+    side: bool = False
+
+
+@dataclass
+class Fork:
+    """From here on the side stream may use what the main stream has done so far."""
+
+
+@dataclass
+class Join:
+    """From here on the main stream may use what the side stream has done so far."""
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """Return float32 values rounded to bf16, to nearest with ties to even, as uint16. Local."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    return np.where((bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000), np.uint16(0x7FFF), rounded)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """Return bf16 numbers, held as uint16, as float32. Local."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -1,0 +1,115 @@
+"""Planned steps on the emulated device beside float64 on the host, in every precision; padding; skipped updates."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpcmlp.errors import Unavailable
+from hpcmlp.nn.layout import Layout, PaddedLayout
+from hpcmlp.nn.network import NetworkSpec
+from hpcmlp.ops.emulated import EmulatedDevice
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "check_steps.py"
+
+
+def load_program():
+    """The table and the oracle are those of the program that checks a real GPU."""
+    spec = importlib.util.spec_from_file_location("check_steps", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("check_steps", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+check = load_program()
+
+
+@pytest.fixture(scope="module")
+def device():
+    try:
+        return EmulatedDevice()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("precision", check.BOUNDS)
+@pytest.mark.parametrize("line", check.TABLE, ids=lambda line: f"{line[0]}-{line[2]}-{'-'.join(line[1]) or 'relu'}")
+def test_steps_are_those_of_float64(device, line, precision):
+    problem = check.Problem(line)
+    wanted, losses = check.run_float64(problem, 18)     # one epoch has 14 steps, the last of them short
+    got, records, network = check.run_on(device, problem, precision, 18)
+    assert check.deviation(got, wanted) < check.BOUNDS[precision]
+    assert check.padding(network) == 0.0
+    assert [int(r["rows"]) for r in records] == [rows for _, _, rows in losses]
+    assert np.allclose(records["weight"], [weight for _, weight, _ in losses], rtol=1e-5)
+    assert np.allclose(records["loss"], [loss for loss, _, _ in losses],
+                       rtol={"float32": 1e-5, "tf32": 1e-2, "bf16": 2e-2}[precision])
+
+
+@pytest.mark.parametrize("fused", (True, False))
+def test_a_hundred_steps_are_those_of_the_host(device, fused):
+    problem = check.Problem(check.TABLE[0])
+    wanted, _ = check.run_float64(problem, 100, dtype=np.float32)
+    problem.options["fused"] = fused
+    got, records, network = check.run_on(device, problem, "float32", 100)
+    assert check.deviation(got, wanted) < 1e-5
+    assert check.padding(network) == 0.0
+    assert records["skipped"].sum() == 0
+
+
+@pytest.mark.parametrize("epilogue", ("relu_aux_bias", "relu_bias", "drelu", "bgradb"))
+def test_what_the_library_refuses_a_kernel_does(epilogue):
+    try:
+        device = EmulatedDevice(refuse=lambda product: product.epilogue in (epilogue, "relu_aux_bias"))
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    problem = check.Problem(check.TABLE[0])
+    wanted, _ = check.run_float64(problem, 5)
+    got, _, _ = check.run_on(device, problem, "float32", 5)
+    assert check.deviation(got, wanted) < 1e-5
+
+
+def test_the_order_of_steps_in_calls_changes_no_bit(device):
+    problem = check.Problem(check.TABLE[2])
+    first, _, _ = check.run_on(device, problem, "float32", 8)
+    again, _, _ = check.run_on(device, problem, "float32", 8)
+    one_stream, _, _ = check.run_on(device, problem, "float32", 8, concurrent=False)
+    assert np.array_equal(first, again) and np.array_equal(first, one_stream)
+
+
+def test_a_step_with_a_number_that_is_not_finite_changes_nothing(device):
+    problem = check.Problem(check.TABLE[2])
+    problem.x[5, 3] = np.inf
+    wanted = problem.flat.astype(np.float64)
+    problem_steps = next(k for k in range(14) if _holds_row(k, 5))
+    before, _, _ = check.run_on(device, problem, "float32", problem_steps)
+    after, records, network = check.run_on(device, problem, "float32", problem_steps + 1)
+    assert records["skipped"].tolist() == [0] * problem_steps + [1]
+    assert np.array_equal(before, after)
+    assert problem_steps == 0 or not np.array_equal(after, wanted)
+    assert np.isfinite(after).all()
+
+
+def _holds_row(step, row):
+    order = check.Order(check.SHARDS, 64, seed=3)
+    start, stop = order.parts(step, step + 1, 0, 1)
+    return row in order.sequence(0, 0).rows(np.arange(start[0, 0], stop[0, 0]))
+
+
+def test_padded_layout_holds_the_logical_tensors():
+    spec = NetworkSpec((28, 40, 33, 10))
+    plain, padded = spec.layout(), spec.layout(PaddedLayout)
+    random = np.random.default_rng(0)
+    tensors = {name: random.standard_normal(shape).astype(np.float32)
+               for name, shape in zip(plain.names, plain.shapes, strict=True)}
+    flat = padded.pack(tensors)
+    assert padded.num_params == plain.num_params
+    assert all(np.array_equal(view, tensors[name]) for name, view in padded.unpack(flat).items())
+    assert padded.sha256(flat) == plain.sha256(plain.pack(tensors))
+    assert np.count_nonzero(flat) == sum(np.count_nonzero(t) for t in tensors.values())
+    assert all(start % PaddedLayout.SLOT == 0 for start in padded.starts)
+    assert padded.slot(flat, "layers.0.weight").size == 48 * 32
+    assert isinstance(padded, Layout)
