@@ -108,7 +108,7 @@ def main() -> int:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--peers", default=",".join(PEERS), help="modes of PyTorch, or 'none'")
     parser.add_argument("--skip", default="", help="parts to leave out: probe, check, times, start")
-    parser.add_argument("--out", default=os.environ.get("OUT", "."), help="directory of the JSON file and PyTorch's log")
+    parser.add_argument("--out", default=os.environ.get("OUT", "."), help="directory of the JSON and log files")
     args = parser.parse_args()
     skip, begin, failures, results = args.skip.split(","), time.time(), [], []
     modes = () if args.peers == "none" else tuple(args.peers.split(","))
