@@ -3,10 +3,13 @@
 import errno
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from hpcmlp.errors import CannotWrite, InputMissing
 
-_PIECE_BYTES = 1 << 24
+_PIECE_BYTES = 1 << 20
+_JOIN_BYTES = 1 << 16
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | bytearray | memoryview) -> None:
@@ -17,24 +20,58 @@ def write_atomically(path: str | os.PathLike, data: bytes | bytearray | memoryvi
     """
     path = os.fspath(path)
     temporary = _beside(path)
-    view = memoryview(data).cast("B")
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            written = 0
-            while written < len(view):
-                written += os.write(handle, view[written:written + _PIECE_BYTES])
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        write_new(temporary, [data])
         os.rename(temporary, path)
         sync_directory(os.path.dirname(path) or ".")
     except OSError as error:
         _remove(temporary)
-        raise CannotWrite(write_failure(path, error, len(view))) from None
+        raise CannotWrite(write_failure(path, error, memoryview(data).nbytes)) from None
     except BaseException:
         _remove(temporary)
         raise
+
+
+def write_new(path: str | os.PathLike, buffers: Iterable[Any], digest: Any = None) -> int:
+    """Make the file `path` of `buffers`, one after the other, and sync it; return its size in bytes.
+
+    Local. `digest`: an object of hashlib that takes up all that is written. The name is durable once its directory is
+    synced too. Raises OSError, also when something stands there; what was made is then left to the caller.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    size = 0
+    try:
+        for piece in _pieces(buffers):
+            if digest is not None:
+                digest.update(piece)
+            written = 0
+            while written < len(piece):  # a nearly full disk takes a part
+                written += os.write(handle, piece[written:])
+            size += written
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return size
+
+
+def _pieces(buffers: Iterable[Any]) -> Iterator[memoryview]:
+    """Cut large buffers and join small ones: few calls, each of a size that stays in the cache."""
+    joined = bytearray()
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        if len(joined) + len(view) <= _JOIN_BYTES:
+            joined += view
+            continue
+        if joined:
+            yield memoryview(joined)
+            joined = bytearray()
+        if len(view) <= _JOIN_BYTES:
+            joined += view
+            continue
+        for start in range(0, len(view), _PIECE_BYTES):
+            yield view[start:start + _PIECE_BYTES]
+    if joined:
+        yield memoryview(joined)
 
 
 def write_failure(path: str | os.PathLike, error: OSError, num_bytes: int = 0) -> str:

@@ -1,46 +1,44 @@
-"""Checkpoints: whole arrays by name, saved atomically, verified when read, opened on any number of ranks.
+"""The checkpoints of a run: written beside, synced, renamed, named in a record; found again newest first, verified.
 
-A checkpoint is a directory `step-00001000` with `state.h5` and `manifest.json`. The HDF5 image is built in
-memory and written by plain writes, synced and renamed, so that the HDF5 library never touches a file that has a
-final name. The manifest holds sha256 and size of the image; each array carries its own sha256 too, so that a lost
-manifest loses nothing. Nothing in a checkpoint is executed: arrays, and JSON for the rest.
+A checkpoint is a directory `checkpoints/step-00001000` with `state.h5` (see `run.state_file`) and `manifest.json`,
+which holds size and sha256 of it; `checkpoints/record.json` names those that are on disk for certain. The order of a
+save: both files written into a hidden directory and synced, that directory synced, renamed to a name that was never
+used, `checkpoints/` synced; the record replaced in the same way; then only is it acknowledged, and older ones deleted,
+but for the last `keep` and the best. So whenever the power fails, the last acknowledged one is whole, under its name.
+A reader trusts no pointer: it takes the newest that passes its digests, and says what it passes over. When a manifest
+is lost the arrays' own digests decide.
 """
 
 import hashlib
-import io
-import json
-import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
-from hpcmlp.data.files import discard_directory, publish_directory, write_atomically
+from hpcmlp.data.files import (
+    discard_directory,
+    publish_directory,
+    sync_directory,
+    write_atomically,
+    write_failure,
+    write_new,
+)
 from hpcmlp.errors import CannotWrite, ConfigError, DataError, InputMissing
 from hpcmlp.nn.network import NetworkSpec
+from hpcmlp.run.sealed import Damaged, read_sealed, seal
+from hpcmlp.run.state_file import FORMAT_VERSION, State, UnknownFormat, file_pieces, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORMAT_VERSION = 1
-_NAME = re.compile(r"step-(\d{8,})")
-_TEMPORARY = re.compile(r"\.step-\d{8,}\.[0-9a-f]+\.partial")
-_MANIFEST_LIMIT_BYTES = 1 << 20
-
-
-@dataclass
-class State:
-    """What a checkpoint holds: `meta` (JSON values) and `arrays` by path, such as `params/layers.0.weight`."""
-
-    meta: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-
-    def group(self, name: str) -> dict[str, np.ndarray]:
-        """Return the arrays below `name`, by the rest of their path. Local."""
-        return {path[len(name) + 1:]: a for path, a in self.arrays.items() if path.startswith(name + "/")}
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+_TEMPORARY = re.compile(r"\.step-\d{8,}(-\d+)?\.[0-9a-f]+\.partial")
+_RECORD = "record.json"
+_PIECE_BYTES = 1 << 20
+_LOOKS = 3  # at a directory that changes while it is read
 
 
 def _path(path: str | os.PathLike) -> "Path":
@@ -49,167 +47,267 @@ def _path(path: str | os.PathLike) -> "Path":
     return Path(path)
 
 
-def finite(value: Any) -> Any:
-    """Return JSON-able `value` with None in place of numbers that are not finite. Local."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return value
+def checkpoint_name(step: int, number: int = 1) -> str:
+    """Return the name of the directory of the `number`-th checkpoint of `step`. Local."""
+    return f"step-{step:08d}" if number == 1 else f"step-{step:08d}-{number}"
 
 
-def checkpoint_name(step: int) -> str:
-    """Return the directory name of the checkpoint of `step`. Local."""
-    return f"step-{step:08d}"
+# ---- writing
 
 
 def save(run_dir: str | os.PathLike, step: int, state: State, keep: int = 2) -> "Path":
-    """Write a checkpoint, make it durable, and delete the oldest beyond `keep`.
+    """Write a checkpoint, make it durable, name it in the record, and delete the oldest beyond `keep` and the best.
 
-    Local: one rank calls it. Raises CannotWrite; then all earlier checkpoints are as they were.
+    Local: one rank calls it, one call at a time. Raises CannotWrite; then all earlier checkpoints are as they were.
     """
     parent = _path(run_dir) / "checkpoints"
-    final = parent / checkpoint_name(step)
-    image = _image(state)
-    manifest = {"format_version": FORMAT_VERSION, "step": step, "bytes": len(image),
-                "sha256": hashlib.sha256(image).hexdigest()}
-    temporary = parent / f".{final.name}.{os.urandom(4).hex()}.partial"
+    make_room(run_dir)
+    final = parent / _unused_name(parent, step)
+    temporary = _hidden(final)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
         raise CannotWrite(f"{parent}: cannot make a checkpoint here ({error.strerror}).") from None
     try:
-        write_atomically(temporary / "state.h5", image)
-        write_atomically(temporary / "manifest.json", json.dumps(manifest).encode() + b"\n")
-        if final.exists():  # the same step again, after falling back to an older one
-            os.rename(final, temporary.with_name(temporary.name.replace(".partial", ".old")))
+        facts = _write_state(temporary / "state.h5", state)
+        manifest = {"format_version": FORMAT_VERSION, "step": step, **facts}
+        _write(temporary / "manifest.json", [seal(manifest)])
         publish_directory(temporary, final)
     except BaseException:
         discard_directory(temporary)
         raise
-    _remove_old(parent, keep)
+    best = state.meta.get("best", {}).get("step") if state.meta.get("has_best") else None
+    kept, old = _sort_out(parent, keep, best)
+    _write_record(parent, kept, {final.name: facts})
+    for path in old:
+        _delete(path)
     return final
 
 
-def _remove_old(parent: "Path", keep: int) -> None:
-    for path in list_checkpoints(parent.parent)[keep:]:
-        # Out of the readers' sight first: a half-deleted checkpoint must not look like a damaged one.
-        hidden = parent / f".{path.name}.{os.urandom(4).hex()}.partial"
+def make_room(run_dir: str | os.PathLike) -> None:
+    """Make the directory `checkpoints` in `run_dir`, durably, unless it is there. Local; raises CannotWrite."""
+    run_dir = _path(run_dir).absolute()
+    parent = run_dir / "checkpoints"
+    if parent.is_dir():
+        return
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for path in (run_dir, run_dir.parent):
+            sync_directory(path)
+    except OSError as error:
+        raise CannotWrite(f"{parent}: cannot make a checkpoint here ({error.strerror}).") from None
+
+
+def _write_state(path: "Path", state: State) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    size = _write(path, file_pieces(state), digest, sum(a.nbytes for a in state.arrays.values()))
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _write(path: "Path", buffers: Any, digest: Any = None, about: int = 0) -> int:
+    try:
+        return write_new(path, buffers, digest)
+    except OSError as error:
+        raise CannotWrite(write_failure(path, error, about)) from None
+
+
+def _hidden(path: "Path") -> "Path":
+    """A new name beside `path` that no reader looks at."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
+
+
+def _unused_name(parent: "Path", step: int) -> str:
+    """The same step is saved again after falling back: under a name of its own, so that nothing is ever replaced."""
+    number = max((n for _, s, n in _names(parent) if s == step), default=0) + 1
+    return checkpoint_name(step, number)
+
+
+def _sort_out(parent: "Path", keep: int, best: int | None) -> "tuple[list[Path], list[Path]]":
+    """Return the checkpoints to keep and those to delete: of each step the last, of these the newest and the best."""
+    seen: set[int] = set()
+    kept, old = [], []
+    for path, step in ((parent / name, step) for name, step, _ in _names(parent)):
+        fresh = step not in seen and (len(seen) < keep or step == best)
+        seen.add(step)
+        (kept if fresh else old).append(path)
+    return kept, old
+
+
+def _write_record(parent: "Path", kept: "list[Path]", new: dict[str, Any]) -> None:
+    try:
+        known = (read_sealed(parent / _RECORD) or {}).get("saved", {})
+    except Damaged:
+        known = {}
+    saved = {path.name: new.get(path.name) or known.get(path.name) or {} for path in kept}
+    write_atomically(parent / _RECORD, seal({"format_version": FORMAT_VERSION, "saved": saved}))
+
+
+def _delete(path: "Path") -> None:
+    # Out of the readers' sight first: a half-deleted checkpoint must not look like a damaged one.
+    hidden = _hidden(path)
+    try:
         os.rename(path, hidden)
-        discard_directory(hidden)
-    for path in parent.glob(".step-*.old"):
-        discard_directory(path)
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot delete this old checkpoint ({error.strerror}).") from None
+    discard_directory(hidden)
+
+
+def set_aside(run_dir: str | os.PathLike, after: "Path | None") -> list[str]:
+    """Rename the checkpoints newer than the one at `after` (all for None) so that none is taken again or counted.
+
+    Local; only the owner of the run's lock may call it, when a run goes on from `after`. Nothing is deleted: they are
+    called `aside-step-...` then, which is returned. Raises CannotWrite.
+    """
+    parent = _path(run_dir) / "checkpoints"
+    newest = list_checkpoints(run_dir)
+    newer = newest[:newest.index(after)] if after is not None else newest
+    if not newer:
+        return []
+    _write_record(parent, newest[len(newer):], {})
+    names = []
+    try:
+        for path in newer:
+            number = 1
+            while (parent / (name := f"aside-{path.name}" + f".{number}" * (number > 1))).exists():
+                number += 1
+            os.rename(path, parent / name)
+            names.append(name)
+        sync_directory(parent)
+    except OSError as error:
+        raise CannotWrite(f"{parent}: cannot set a checkpoint aside ({error.strerror}).") from None
+    return names
 
 
 def remove_leftovers(run_dir: str | os.PathLike) -> None:
     """Remove unfinished checkpoints of a killed run. Local; only the owner of the run's lock may call it."""
-    for path in (_path(run_dir) / "checkpoints").glob(".step-*"):
+    parent = _path(run_dir) / "checkpoints"
+    for path in parent.glob(".step-*"):
         if _TEMPORARY.fullmatch(path.name) or path.name.endswith(".old"):
             discard_directory(path)
+    for path in parent.glob(f".{_RECORD}.*.partial"):
+        path.unlink(missing_ok=True)
 
 
-def _image(state: State) -> bytes:
-    """Return the bytes of an HDF5 file with the state; the same state gives the same bytes."""
-    with h5py.File("image", "w", driver="core", backing_store=False, block_size=1 << 20) as file:
-        file.attrs["format_version"] = FORMAT_VERSION
-        meta = json.dumps(finite(state.meta), allow_nan=False, sort_keys=True).encode()
-        _write_array(file, "meta.json", np.frombuffer(meta, np.uint8))
-        for path, array in state.arrays.items():
-            _write_array(file, path, array)
-        file.flush()
-        return file.id.get_file_image()
+# ---- reading
 
 
-def _write_array(file: h5py.File, path: str, array: np.ndarray) -> None:
-    array = np.ascontiguousarray(array)
-    data = file.create_dataset(path, data=array, track_times=False)
-    data.attrs["sha256"] = hashlib.sha256(array).hexdigest()
+def _names(parent: "Path") -> list[tuple[str, int, int]]:
+    """Return (name, step, number) of the checkpoints in `parent`, newest first."""
+    try:
+        names = os.listdir(parent)
+    except OSError:
+        return []
+    found = [(name, int(m.group(1)), int(m.group(2) or 1)) for name in names if (m := _NAME.fullmatch(name))]
+    return sorted(found, key=lambda entry: entry[1:], reverse=True)
 
 
 def list_checkpoints(run_dir: str | os.PathLike) -> "list[Path]":
     """Return the checkpoint directories of a run, newest step first. Local."""
     parent = _path(run_dir) / "checkpoints"
-    try:
-        found = [(int(m.group(1)), parent / name) for name in os.listdir(parent) if (m := _NAME.fullmatch(name))]
-    except OSError:
-        return []
-    return [path for _, path in sorted(found, reverse=True)]
+    return [parent / name for name, _, _ in _names(parent)]
 
 
 def read(path: str | os.PathLike) -> State:
     """Read one checkpoint and verify every byte of it.
 
-    Local. Raises DataError naming what is wrong, InputMissing when its files are not there.
+    Local. The arrays are views of one block of memory. Raises DataError naming what is wrong, InputMissing when its
+    files are not there, ConfigError for a format that this program does not know.
     """
-    path = _path(path)
-    image = _read_image(path)
-    try:
-        with h5py.File(io.BytesIO(image), "r") as file:
-            version = int(file.attrs["format_version"])
-            if version != FORMAT_VERSION:
-                raise ConfigError(f"{path}: checkpoint format {version}; this program reads {FORMAT_VERSION}.")
-            arrays = _read_arrays(path, file)
-        meta = json.loads(arrays.pop("meta.json").tobytes())
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: state.h5 is damaged ({type(error).__name__}: {error}).") from None
-    return State(meta, arrays)
+    return _read(_path(path))[0]
 
 
-def _read_image(path: "Path") -> bytes:
+def _read(path: "Path") -> tuple[State, list[str]]:
+    """Return the state, and what is wrong beside it."""
+    digest, notes, manifest = hashlib.sha256(), [], None
+    image = _read_image(path / "state.h5", digest)
     try:
-        image = (path / "state.h5").read_bytes()
+        manifest = read_sealed(path / "manifest.json")
+        why = "is not there"
+    except Damaged as damage:
+        why = str(damage)
+    try:
+        if manifest is None:
+            notes.append(f"{path / 'manifest.json'} {why}; the digests of the arrays themselves are right.")
+        elif manifest.get("bytes") != image.size:
+            raise ValueError(f"{image.size} bytes, {manifest.get('bytes')} expected")
+        elif manifest.get("sha256") != digest.hexdigest():
+            raise ValueError("sha256 differs")
+        return parse(image, check_arrays=manifest is None), notes
+    except ValueError as error:
+        raise DataError(f"{path}: state.h5 is damaged ({error}).") from None
+    except UnknownFormat as error:
+        if manifest is None:  # then it may as well be a damaged number
+            raise DataError(f"{path}: state.h5 is damaged, or of another program ({error}).") from None
+        raise ConfigError(f"{path}: {error}.") from None
+
+
+def _read_image(path: "Path", digest: Any) -> np.ndarray:
+    """Return the bytes of a file, each piece digested while it is in the cache."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            image = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            view, at = memoryview(image), 0
+            while at < len(view) and (got := file.readinto(view[at:at + _PIECE_BYTES])):
+                digest.update(view[at:at + got])
+                at += got
+            return image[:at]
     except OSError as error:
-        raise InputMissing(f"{path}/state.h5: cannot read this file ({error.strerror}).") from None
-    try:
-        text = (path / "manifest.json").read_bytes()[:_MANIFEST_LIMIT_BYTES]
-        manifest = json.loads(text)
-        size, digest = manifest["bytes"], manifest["sha256"]
-    except OSError:
-        return image  # the arrays' own digests decide
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}/manifest.json is damaged.") from None
-    if size != len(image):
-        raise DataError(f"{path}: state.h5 has {len(image)} bytes, {size} expected.")
-    if digest != hashlib.sha256(image).hexdigest():
-        raise DataError(f"{path}: state.h5 is damaged (sha256 differs).")
-    return image
+        raise InputMissing(f"{path}: cannot read this file ({error.strerror}).") from None
 
 
-def _read_arrays(path: "Path", file: h5py.File) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
+def newest_good(run_dir: str | os.PathLike, accept: Callable[[State], str | None] | None = None,
+                ) -> tuple[State | None, list[str]]:
+    """Return the newest checkpoint that is whole, and a sentence for all that is not as it was saved.
 
-    def visit(name: str, item: Any) -> None:
-        if not isinstance(item, h5py.Dataset):
-            return
-        plain = item.dtype.kind in "fiu" and item.chunks is None and not item.external and not item.is_virtual
-        if not plain or item.id.get_storage_size() != item.size * item.dtype.itemsize:
-            raise ValueError(f"{name} is no plain array")
-        arrays[name] = item[...]
-        if hashlib.sha256(np.ascontiguousarray(arrays[name])).hexdigest() != item.attrs["sha256"]:
-            raise ValueError(f"sha256 of {name} differs")
-
-    file.visititems(visit)
-    return arrays
-
-
-def newest_good(run_dir: str | os.PathLike) -> tuple[State | None, list[str]]:
-    """Return the newest checkpoint that is whole, and one sentence for every damaged one passed over.
-
-    Local. (None, []) when the run has no checkpoint at all. Raises DataError when there are some and all are damaged:
-    a run never starts afresh in silence.
+    Local. (None, []) when the run has no checkpoint at all. `accept` returns why a whole one will not do, or None.
+    Raises DataError when there are some, or were by the record, and none is good: a run never starts afresh in silence.
     """
-    damaged = []
-    for path in list_checkpoints(run_dir):
-        try:
-            return read(path), damaged
-        except (DataError, InputMissing) as error:
-            damaged.append(str(error))
-    if damaged:
-        raise DataError(f"{run_dir}: no checkpoint is whole: {' '.join(damaged)}")
-    return None, []
+    path, state, notes = find_newest(run_dir, accept)
+    return state, notes
+
+
+def find_newest(run_dir: str | os.PathLike, accept: Callable[[State], str | None] | None = None,
+                ) -> "tuple[Path | None, State | None, list[str]]":
+    """As `newest_good`, with the path of what it found first. Local."""
+    for look in range(_LOOKS):
+        found = list_checkpoints(run_dir)
+        notes = []
+        for path in found:
+            try:
+                state, remarks = _read(path)
+            except (DataError, InputMissing) as error:
+                notes.append(str(error))
+                continue
+            reason = accept(state) if accept is not None else None
+            if reason is None:
+                notes += _gone(run_dir, found, path)
+                return path, state, [*notes, *[f"{path} is taken instead."] * bool(notes), *remarks]
+            notes.append(f"{path}: {reason}.")
+        # A run that is still writing may have deleted what was listed, and saved a newer one.
+        if list_checkpoints(run_dir) == found:
+            break
+    notes += _gone(run_dir, found, None)
+    if notes:
+        raise DataError(f"{run_dir}: no checkpoint is whole: {' '.join(notes)}")
+    return None, None, []
+
+
+def _gone(run_dir: str | os.PathLike, found: "list[Path]", taken: "Path | None") -> list[str]:
+    """Return what the record says and the directory lacks, of checkpoints newer than the one taken."""
+    parent = _path(run_dir) / "checkpoints"
+    try:
+        record = read_sealed(parent / _RECORD) or {}
+        names = set(record.get("saved", {}))
+    except (Damaged, TypeError) as error:
+        return [f"{parent / _RECORD} {error}."]
+    newest = _key(taken.name) if taken is not None else (-1, 0)
+    lost = sorted(name for name in names - {path.name for path in found} if _key(name) > newest)
+    return [f"{parent / name} was saved and is not there." for name in lost if not (parent / name).exists()]
+
+
+def _key(name: str) -> tuple[int, int]:
+    match = _NAME.fullmatch(name)
+    return (int(match.group(1)), int(match.group(2) or 1)) if match else (-1, 0)
 
 
 def verify(path: str | os.PathLike) -> None:
@@ -224,6 +322,9 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
               for name, a in state.arrays.items()}
     return {"path": str(path), "meta": state.meta, "arrays": arrays,
             "bytes": os.path.getsize(_path(path) / "state.h5")}
+
+
+# ---- using
 
 
 @dataclass
@@ -271,6 +372,7 @@ def load_model(run_dir: str | os.PathLike, which: str = "best") -> Model:
     params = state.group("best") if which == "best" else {}
     step = meta["best"]["step"] if params else meta["step"]
     params = params or state.group("average") or state.group("params")
+    params = {name: array.copy() for name, array in params.items()}  # the state's memory may go
     spec = NetworkSpec(**{**meta["network"], "sizes": tuple(meta["network"]["sizes"])})
     layout = spec.layout()
     return Model(spec=spec, params=params, step=step, loss=meta["loss"], data=meta["data"],

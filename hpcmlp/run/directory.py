@@ -9,7 +9,7 @@ from typing import Any
 from hpcmlp.data.files import write_atomically, write_failure
 from hpcmlp.errors import CannotWrite, ConfigError
 from hpcmlp.run import checkpoint
-from hpcmlp.run.checkpoint import finite
+from hpcmlp.run.state_file import finite
 
 _STALE_S = 300.0
 _BEAT_S = 20.0
