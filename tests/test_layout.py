@@ -24,8 +24,9 @@ INSIDE = {
             "idx_reader npz_reader parquet_reader readers row_file splits statistics download sources targets "
             "preprocess cleaning selection summary shards describe samples resident streamed loader",
     "sync": "buckets control strategy narrow overlap sync step planned local ledger storage tasks server",
-    "run": "run faults signals signs lateness beacon watchdog checkpoint directory coordinator options session parts "
-           "account roc evaluation judge record curves trace timeline io_rates",
+    "run": "run faults signals signs lateness beacon watchdog sealed state_file writer checkpoint directory "
+           "coordinator options session parts account roc evaluation judge record curves trace timeline "
+           "io_rates",
     "programs": "programs prepare train evaluate predict inspect report bench",
 }
 # config stands beside the row: it imports errors only, and programs and cli alone import it.
@@ -34,7 +35,7 @@ EXTENSIONS = {"hpcmlp.ops._fused"}      # compiled, optional
 
 MAY_IMPORT = {
     "mpi4py": ("launch", "comm", "sync", "programs"),
-    "h5py": ("data", "run.checkpoint"),
+    "h5py": ("data", "run.state_file"),
     "cupy": ("ops", "comm.nccl"),
 }
 ONLY_INSIDE_FUNCTIONS = {"matplotlib", "tqdm", "pyarrow", "sklearn", "CoolProp", "hdf5plugin", "numcodecs", "cupy"}

@@ -117,6 +117,26 @@ def gather_ranges(comm: MPI.Intracomm, part: np.ndarray, bounds: np.ndarray, out
             comm.Recv(piece, rank)
 
 
+def collect(comm: MPI.Intracomm, part: np.ndarray | None, ranges: list[list[tuple[int, int]]],
+            out: np.ndarray | None, root: int = 0, limit_bytes: int = LIMIT_BYTES) -> None:
+    """Bring scattered pieces together: `out[start:stop]` on `root` becomes rank r's piece, for all its `ranges[r]`.
+
+    Collective over `comm`. `part` is the pieces of this rank one behind the other (unused on `root`, whose own pieces
+    are in `out` already), `out` a 1-D array on `root`, None elsewhere. Each rank sends straight into its place.
+    """
+    if comm.rank != root:
+        at = 0
+        for start, stop in ranges[comm.rank]:
+            for piece in pieces(part[at:at + stop - start], limit_bytes):
+                comm.Send(piece, root)
+            at += stop - start
+        return
+    for rank in range(comm.size):
+        for start, stop in ranges[rank] if rank != root else ():
+            for piece in pieces(out[start:stop], limit_bytes):
+                comm.Recv(piece, rank)
+
+
 def barrier(comm: MPI.Intracomm) -> None:
     """Return when all ranks have come here.
 

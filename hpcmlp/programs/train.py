@@ -27,6 +27,8 @@ from hpcmlp.sync.control import ControlWords
 from hpcmlp.sync.step import StepResult
 
 MOST_SKIPS = 10  # consecutive updates skipped for numbers that are not finite
+FIRST_SAVE_S, FIRST_SAVE_RATE = 0.2, 100e6  # what a save is thought to take before one was measured: s, bytes/s
+LEAD_MARGIN_S = 0.5
 
 
 def main(config: TrainConfig, comm: Any) -> int:
@@ -48,6 +50,8 @@ def main(config: TrainConfig, comm: Any) -> int:
             training = Training(config, Parts(config, topology, manifest), directory, watch)
             return training.run()
     finally:
+        if training is not None:
+            training.end_saving()
         if directory is not None:
             directory.release()
         if training is not None:
@@ -71,7 +75,8 @@ class Training:
         self._served: list[dict[str, Any]] = []  # what servers did, epoch by epoch (rank 0)
         self._reported = 0      # the step up to which they have told
         self._lost = False      # whether a rank was lost, which no call may wait for
-        self._save_s = 0.0
+        self.writer: Any = None  # rank 0's, beside the training
+        self._save_s = FIRST_SAVE_S + self.session.num_bytes / FIRST_SAVE_RATE  # the longest seen; before: a guess
         self._started = time.monotonic()
 
     def run(self) -> int:
@@ -100,7 +105,7 @@ class Training:
 
         found, notes = self.session.restore(self.config.out, check)
         for note in notes:
-            self.console.line(f"warning: {note} An older checkpoint is used.")
+            self.console.line(f"warning: {note}")
         return found
 
     def _open(self, restored: bool) -> None:
@@ -112,6 +117,9 @@ class Training:
                 self.directory.write("config.toml", to_toml(self.config))
                 if restored:
                     self._log({"kind": "event", "event": "resume", "step": step, "ranks": p.topology.size})
+                from hpcmlp.run.writer import Writer
+                self.writer = Writer()
+                self.writer.start(lambda: self.session.make_room(p.val is not None))
         self.console.line(header(header_rows(p)))
         if p.exchange.note:
             self.console.line(p.exchange.note)
@@ -152,7 +160,7 @@ class Training:
             # What is due within a round of local steps waits for its end.
             log |= (number + 1) % c.log_every == 0
             check |= c.replica_check_every > 0 and number % c.replica_check_every == 0
-            result = self.step.run(batch, number, p.schedule.lr(number), stop=flag.poll(self._lead_s()),
+            result = self.step.run(batch, number, p.schedule.lr(number), stop=self._wants_stop(flag),
                                    check=check, want_norm=log)
             if not result.replicas_agree:
                 raise replica_error(p.comm, self.step.checksum(), number)
@@ -177,6 +185,8 @@ class Training:
         last = ended or final
         if last or stop or done % (c.checkpoint_every or p.steps_per_epoch) == 0:
             self._save()
+        if last or stop:
+            self._finish_save()
         if stop and not last:
             self._write_trace()
             reason = flag.reason or "a signal on another rank"
@@ -200,25 +210,44 @@ class Training:
             return True
         return False
 
+    def _wants_stop(self, flag: StopFlag) -> bool:
+        """Whether this rank asks all to stop: told to, out of time, or (rank 0) because a save has failed."""
+        return flag.poll(self._lead_s()) or (self.writer is not None and self.writer.failed)
+
     def _lead_s(self) -> float:
-        """Seconds before the time limit at which to stop: for the save, and for local steps until the ranks meet."""
-        steps = min(self.config.local_steps, self.parts.steps_per_epoch) - 1
-        return 2 * self._save_s + steps * self.account.last_step_s
+        """Seconds before the time limit at which to stop: for a save under way, the last one, and the ranks to meet."""
+        steps = min(self.config.local_steps, self.parts.steps_per_epoch)
+        return 2 * self._save_s + steps * self.account.last_step_s + LEAD_MARGIN_S
 
     def _save(self) -> None:
-        """Save a checkpoint on rank 0; a failure to write ends all ranks alike."""
+        """Copy the state and let rank 0's thread write it; a failure of the write before ends all ranks alike."""
+        self._finish_save()
         begin = time.perf_counter()
         self.watch.mark(SAVE, self.session.progress.step - 1)
         self.session.progress.seconds += time.monotonic() - self._started
         self._started = time.monotonic()
         state = self.session.capture(checkpoint_meta(self.parts))
+        if self.writer is not None:
+            from hpcmlp.run import checkpoint
+            run_dir, keep, copied_s = self.config.out, self.config.keep, time.perf_counter() - begin
+            self.writer.start(lambda: checkpoint.save_timed(run_dir, state, keep, copied_s))
+
+    def _finish_save(self) -> None:
+        """Wait for the write under way and log it; a failure ends all ranks alike. Collective."""
         with agreed(self.parts.comm):
-            if self.directory is not None:
-                from hpcmlp.run import checkpoint
-                path = checkpoint.save(self.config.out, state.meta["step"], state, self.config.keep)
-                self._log({"kind": "event", "event": "saved", "step": state.meta["step"],
-                           "checkpoint": path.name})
-        self._save_s = time.perf_counter() - begin
+            if self.writer is not None:
+                self.writer.wait()
+                while saved := self.writer.saved():
+                    for one in saved:
+                        self._save_s = max(self._save_s, one.copied_s + one.written_s)
+                        self._log({"kind": "event", "event": "saved", **asdict(one),
+                                   "waited_s": self.writer.waited_s})
+
+    def end_saving(self) -> None:
+        """Wait for a write under way where the run ends with a sentence; our own faults do not wait. Local."""
+        error = sys.exc_info()[1]
+        if self.writer is not None and (error is None or isinstance(error, HpcmlpError)):
+            self.writer.wait()
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.directory is not None:
@@ -248,7 +277,7 @@ class Training:
         while progress.step < p.total_steps:
             begin, start = time.perf_counter(), progress.step
             stop = min(p.total_steps, *(start // n * n + n for n in (every, p.steps_per_epoch)))
-            came = p.apart.run(start, stop, wants_stop=lambda: flag.poll(self._lead_s()), strike=strike,
+            came = p.apart.run(start, stop, wants_stop=lambda: self._wants_stop(flag), strike=strike,
                                on_step=account, on_loss=tell)
             if came is None:
                 while True:     # This worker has left: the others go on, and one of them ends the job.
@@ -281,6 +310,7 @@ class Training:
         p.go_on_without(lost)
         if not p.roles.dedicated or not len(p.roles.workers):
             self._save()
+            self._finish_save()
             raise alike(StoppedAndSaved("every worker was lost; all is saved up to step "
                                         f"{self.session.progress.step} in {self.config.out}: run the same command "
                                         "with --resume to go on."))

@@ -12,6 +12,7 @@ is lost the arrays' own digests decide.
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from hpcmlp.errors import CannotWrite, ConfigError, DataError, InputMissing
 from hpcmlp.nn.network import NetworkSpec
 from hpcmlp.run.sealed import Damaged, read_sealed, seal
 from hpcmlp.run.state_file import FORMAT_VERSION, State, UnknownFormat, file_pieces, parse
+from hpcmlp.run.writer import Saved
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,6 +84,13 @@ def save(run_dir: str | os.PathLike, step: int, state: State, keep: int = 2) -> 
     for path in old:
         _delete(path)
     return final
+
+
+def save_timed(run_dir: str | os.PathLike, state: State, keep: int, copied_s: float) -> Saved:
+    """As `save`, for a `run.writer.Writer`: tell what was saved and how long it took. Local."""
+    begin = time.monotonic()
+    path = save(run_dir, state.meta["step"], state, keep)
+    return Saved(state.meta["step"], path.name, copied_s, time.monotonic() - begin)
 
 
 def make_room(run_dir: str | os.PathLike) -> None:
@@ -269,7 +278,7 @@ def newest_good(run_dir: str | os.PathLike, accept: Callable[[State], str | None
 def find_newest(run_dir: str | os.PathLike, accept: Callable[[State], str | None] | None = None,
                 ) -> "tuple[Path | None, State | None, list[str]]":
     """As `newest_good`, with the path of what it found first. Local."""
-    for look in range(_LOOKS):
+    for _ in range(_LOOKS):
         found = list_checkpoints(run_dir)
         notes = []
         for path in found:

@@ -110,6 +110,9 @@ class Parts:
                 vectors += 2 * flat * len(self.roles.workers) / self.roles.servers
         if self.config.wire != "float32" and (t.num_nodes > 1 or self.config.sync == "ring"):
             vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
+        if t.rank == 0:  # the copy that is written to checkpoints
+            copied = 1 + moments + (self.manifest.rows("val") > 0) + (self.config.ema is not None)
+            vectors += flat * copied / t.local_size
         rows = -(-self.loader.local_rows_max // self.config.accumulate)
         needed = int(vectors + 8 * rows * sum(sizes))
         available = available_bytes()

@@ -10,7 +10,7 @@ from hpcmlp.comm.agreement import agreed
 from hpcmlp.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hpcmlp.run import checkpoint
+    from hpcmlp.run.state_file import State
 
 
 @dataclass
@@ -58,6 +58,8 @@ class Session:
             self._vectors |= local.outer_state()
         self.progress = Progress()
         self.best: Any = None  # this rank's ranges of the best parameters
+        self._copies: dict[str, np.ndarray] = {}  # what `capture` copies into
+        self._ranges: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}
 
     def usable(self) -> np.ndarray:
         """Return the parameters to validate and to use: averaged where an average is kept. Collective.
@@ -87,17 +89,42 @@ class Session:
         """Keep this rank's ranges of `flat` as the best parameters so far. Local."""
         self.best = self.strategy.owned(flat)
 
-    def capture(self, meta: dict[str, Any]) -> "checkpoint.State | None":
+    def make_room(self, best: bool) -> None:
+        """Make the memory that `capture` copies into, and touch it: fresh pages cost many times the copy.
+
+        Local, on rank 0; any thread, while no capture is under way. `best`: there will be a best state.
+        """
+        for name in ("params", *self._vectors, *["best"] * best):
+            self._copy_of(name).fill(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a captured state, without what narrow wires carry. Local."""
+        return self.network.layout.size * self.network.dtype.itemsize * (2 + len(self._vectors))
+
+    def _copy_of(self, name: str) -> np.ndarray:
+        if name not in self._copies:
+            self._copies[name] = messages.aligned_zeros(self.network.layout.size, self.network.dtype)
+        return self._copies[name]
+
+    def capture(self, meta: dict[str, Any]) -> "State | None":
         """Return the whole state with `meta` added on rank 0, None elsewhere: a node need not hold it often.
 
-        Collective.
+        Collective. The state is a copy in memory that is used again: it is the caller's until the next capture. Ranks
+        send what they own straight into it, so that rank 0 spends little more than the time of one copy.
         """
         layout, keep = self.network.layout, self.comm.rank == 0
         self._settle()
-        flats = {"params": self.host_params()}
-        flats |= {name: strategy.whole(array, keep) for name, (strategy, array) in self._vectors.items()}
+        self.strategy.finish()
+        flats: dict[str, np.ndarray] = {}
+        if keep:
+            flats["params"] = self._copy_of("params")
+            self.strategy.ops.to_host(self.network.params, flats["params"])
+        vectors = dict(self._vectors)
         if self.best is not None:
-            flats["best"] = self.strategy.whole(self.best, keep)
+            vectors["best"] = self.strategy, self.best
+        for name, (strategy, array) in vectors.items():
+            flats[name] = self._collect(name, strategy, array)
         carried = self._exchange.carried()
         if not keep:
             return None
@@ -106,34 +133,65 @@ class Session:
                   for name, view in layout.views(flat).items()}
         progress = asdict(self.progress)
         best = {"step": self.progress.best_step, "value": self.progress.best_value, "val": self.progress.best_val}
-        from hpcmlp.run import checkpoint  # what the first step does not need is imported after it
-        return checkpoint.State({**meta, "step": self.progress.step, "progress": progress, "best": best,
-                                 "has_best": self.best is not None, "carried": sorted(carried)}, arrays)
+        from hpcmlp.run.state_file import State  # what the first step does not need is imported after it
+        return State({**meta, "step": self.progress.step, "progress": progress, "best": best,
+                      "has_best": self.best is not None, "carried": sorted(carried)}, arrays)
 
-    def restore(self, run_dir: str, check: Any) -> tuple[bool, list[str]]:
-        """Take up the newest good checkpoint of `run_dir`.
+    def _collect(self, name: str, strategy: Any, array: Any) -> np.ndarray | None:
+        """Bring the ranges that the ranks own of a vector into rank 0's copy of it. Collective."""
+        ranges, ops = self._owners(strategy), strategy.ops
+        apart = sum(stop - start for start, stop in ranges[0]) < self.network.layout.size  # else rank 0 has it all
+        if self.comm.rank == 0:
+            flat, at = self._copy_of(name), 0
+            for start, stop in ranges[0]:
+                ops.to_host(array[at:at + stop - start], flat[start:stop])
+                at += stop - start
+            if apart:
+                messages.collect(self.comm, None, ranges, flat)
+            return flat
+        if apart:
+            part = array
+            if not isinstance(array, np.ndarray):
+                part = np.empty(array.shape, array.dtype)
+                ops.to_host(array, part)
+            messages.collect(self.comm, part, ranges, None)
+        return None
+
+    def _owners(self, strategy: Any) -> list[list[tuple[int, int]]]:
+        """Return the ranges of the flat vector that each rank owns. Collective the first time."""
+        key = id(strategy), id(self.comm)
+        if key not in self._ranges:
+            own = np.array(strategy.ranges, np.int64).reshape(-1, 2)
+            told = messages.all_gather_bytes(self.comm, own.tobytes())
+            self._ranges[key] = [[(int(a), int(b)) for a, b in np.frombuffer(t, np.int64).reshape(-1, 2)] for t in told]
+        return self._ranges[key]
+
+    def restore(self, run_dir: str, check: Any, accept: Any = None) -> tuple[bool, list[str]]:
+        """Take up the newest good checkpoint of `run_dir`, and set those aside that are newer.
 
         Collective. Rank 0 reads and gives it out, so that a file system sees one reader.
 
         Parameters
         ----------
         check : called on rank 0 with the checkpoint's meta; raises ConfigError when it does not fit this run.
+        accept : on rank 0 as `checkpoint.find_newest` takes it, or None.
 
         Returns
         -------
         found : whether there was a checkpoint.
-        notes : one sentence for every damaged checkpoint passed over (rank 0; empty elsewhere).
+        notes : a sentence for all that is not as it was saved (rank 0; empty elsewhere).
         """
         state, notes, meta = None, [], b""
         import json
         with agreed(self.comm):
             if self.comm.rank == 0:
                 from hpcmlp.run import checkpoint
-                state, notes = checkpoint.newest_good(run_dir)
+                path, state, notes = checkpoint.find_newest(run_dir, accept)
                 if state is not None:
                     check(state.meta)
                     self._check_arrays(state)
                     meta = json.dumps(state.meta).encode()
+                    notes += [f"{run_dir}: kept as {name}." for name in checkpoint.set_aside(run_dir, path)]
         meta = messages.broadcast_bytes(self.comm, meta if self.comm.rank == 0 else None)
         if not meta:
             return False, notes
@@ -147,7 +205,7 @@ class Session:
         self._exchange.take_up({name: self._give_out(state, f"sync/{name}") for name in values.get("carried", ())})
         return True, notes
 
-    def _check_arrays(self, state: "checkpoint.State") -> None:
+    def _check_arrays(self, state: "State") -> None:
         groups = ["params", *self._vectors, *["best"] * state.meta["has_best"]]
         groups += [f"sync/{name}" for name in state.meta.get("carried", ())]
         for group in groups:
@@ -157,7 +215,7 @@ class Session:
                 raise ConfigError(f"the checkpoint of step {state.meta['step']} does not fit this network: {group}: "
                                   f"{error}.") from None
 
-    def _give_out(self, state: "checkpoint.State | None", group: str) -> np.ndarray:
+    def _give_out(self, state: "State | None", group: str) -> np.ndarray:
         """Return the flat vector `group` of rank 0's state on every rank."""
         layout, dtype = self.network.layout, self.network.dtype
         flat = np.empty(layout.size, dtype) if state is None else layout.pack(state.group(group), dtype)

@@ -8,67 +8,69 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass
 class Saved:
-    """A state that is on disk for certain: the step, the name of its checkpoint, the seconds that writing took."""
+    """A state that is on disk for certain: its step, its checkpoint's name, seconds in which training was held up for
+    the copy, and seconds that writing took."""
 
     step: int
-    name: str
-    seconds: float
+    checkpoint: str
+    copied_s: float
+    written_s: float
 
 
 class Writer:
-    """Writes states with `write`, which takes one and returns the name it has on disk.
+    """Does one job at a time, such as writing a state; a job returns a `Saved`, or None when there is nothing to tell.
 
-    Local. `busy_s` are the seconds for which states were waited for.
+    Local. `waited_s` are the seconds for which jobs were waited for.
     """
 
-    def __init__(self, write: Callable[[Any], str]):
-        self._write = write
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._saved: list[Saved] = []
         self._error: BaseException | None = None
-        self.busy_s = 0.0
+        self.waited_s = 0.0
 
-    def start(self, state: Any) -> None:
-        """Begin to write `state` and return; the caller leaves its arrays alone until `wait` returns.
+    def start(self, job: Callable[[], Saved | None]) -> None:
+        """Begin `job` and return; the caller leaves what it works on alone until `wait` returns.
 
-        Raises what writing the state before has raised; then this one is not written.
+        Waits for the job before. Raises what that one has raised; then this one is not begun.
         """
         self.wait()
         if self._error is not None:
             raise self._error
-        self._thread = threading.Thread(target=self._run, args=(state,), name="checkpoint writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint writer", daemon=True)
         self._thread.start()
 
-    def _run(self, state: Any) -> None:
-        begin = time.monotonic()
+    def _run(self, job: Callable[[], Saved | None]) -> None:
         try:
-            name = self._write(state)
+            saved = job()
         except BaseException as error:  # told by `saved`, on the thread that can do something about it
             self._error = error
         else:
-            self._saved.append(Saved(state.meta["step"], name, time.monotonic() - begin))
+            if saved is not None:
+                self._saved.append(saved)
 
     def wait(self) -> None:
-        """Return when nothing is being written; what came of it is told by `saved`."""
+        """Return when no job is under way; what came of it is told by `saved`."""
         if self._thread is not None:
             begin = time.monotonic()
             self._thread.join()
             self._thread = None
-            self.busy_s += time.monotonic() - begin
+            self.waited_s += time.monotonic() - begin
 
     @property
     def failed(self) -> bool:
-        """Whether a state could not be written; `saved` raises why."""
+        """Whether a job has failed; `saved` raises why."""
         return self._error is not None
 
     def saved(self) -> list[Saved]:
-        """Return what has come to the disk since the last call. Raises what writing has raised."""
-        done, self._saved = self._saved, []
+        """Return what has come to the disk since the last call; when that is nothing, raise what a job has raised."""
+        done: list[Saved] = []
+        while self._saved:
+            done.append(self._saved.pop(0))
         if not done and self._error is not None:
             raise self._error
         return done

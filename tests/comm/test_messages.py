@@ -74,3 +74,23 @@ def test_pieces_cover_the_array_and_stay_below_the_limit():
 @pytest.mark.mpi
 def test_barrier_returns(comm):
     messages.barrier(comm)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("limit", [64, messages.LIMIT_BYTES])
+@pytest.mark.parametrize("root", [0, -1])
+def test_scattered_pieces_are_collected_in_their_places(comm, limit, root):
+    root %= comm.size
+    bounds = [0, 3, 3, 10, 64, 65, 200]
+    pieces = list(zip(bounds[:-1], bounds[1:], strict=True))
+    ranges = [pieces[rank::comm.size] for rank in range(comm.size)]
+    whole = np.arange(200, dtype=np.float32)
+    part = np.concatenate([whole[:0], *(whole[a:b] for a, b in ranges[comm.rank])])
+    out = None
+    if comm.rank == root:
+        out = np.full(200, -1, np.float32)
+        for a, b in ranges[root]:
+            out[a:b] = whole[a:b]
+    messages.collect(comm, part, ranges, out, root, limit)
+    if comm.rank == root:
+        np.testing.assert_array_equal(out, whole)
