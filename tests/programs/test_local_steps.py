@@ -75,9 +75,10 @@ def test_killed_it_goes_on_with_the_bits_of_the_run_that_saved(whole, flowers, h
     done = hpcmlp(*arguments, ranks=3, env={"HPCMLP_FAULT": "rank=0,step=40,act=kill"})
     assert done.returncode != 0
     stopped = checkpoint.newest_good(tmp_path / "run")[0]
-    assert stopped.meta["step"] == 35 and stopped.group("outer/momentum")
+    step = stopped.meta["step"]  # the last save may still have been on its way to the disk
+    assert step in (28, 35) and stopped.group("outer/momentum")
     done = hpcmlp(*arguments, ranks=3)
-    assert done.returncode == 0 and "resumed at step 35" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"resumed at step {step}" in done.stdout, done.stderr
     assert parameters(tmp_path / "run")["last"] == parameters(whole)["last"]
 
 
