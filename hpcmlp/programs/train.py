@@ -223,7 +223,6 @@ class Training:
         """Copy the state and let rank 0's thread write it; a failure of the write before ends all ranks alike."""
         self._finish_save()
         begin = time.perf_counter()
-        self.watch.mark(SAVE, self.session.progress.step - 1)
         self.session.progress.seconds += time.monotonic() - self._started
         self._started = time.monotonic()
         state = self.session.capture(checkpoint_meta(self.parts))
@@ -234,6 +233,7 @@ class Training:
 
     def _finish_save(self) -> None:
         """Wait for the write under way and log it; a failure ends all ranks alike. Collective."""
+        self.watch.mark(SAVE, self.session.progress.step - 1)
         with agreed(self.parts.comm):
             if self.writer is not None:
                 self.writer.wait()
