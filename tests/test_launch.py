@@ -174,7 +174,9 @@ def test_h5py_starts_no_process(run_ranks):
     assert result.returncode == 0, result.stderr
 
 
-MAX_CALLS = 1300
+MAX_CALLS = 1250
+# Folders that glibc's loader tries beside every library folder, more of them the more the processor can do.
+OF_THE_PROCESSOR = re.compile(r"/(?:tls|haswell|xeon_phi|avx512_1|x86_64|glibc-hwcaps)(?:/|$)")
 
 
 def test_a_rank_is_ready_after_few_calls_to_the_installation(run_ranks, tmp_path):
@@ -213,7 +215,7 @@ def count_calls(path):
     assert ready, "no training shard was opened"
     for line in ready.split("\n"):
         match = re.search(r'\b\w+\((?:AT_FDCWD, )?"([^"]*)"', line)
-        if match and match[1].startswith(prefixes):
+        if match and match[1].startswith(prefixes) and not OF_THE_PROCESSOR.search(match[1]):
             groups[match[1].rpartition("/")[0][-40:]] += 1
     return groups
 
