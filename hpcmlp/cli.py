@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import hpcmlp
 from hpcmlp import launch
 from hpcmlp.config import CONFIGS, build, check_value, nearest
-from hpcmlp.errors import CannotWrite, HpcmlpError, Unavailable, UsageError, flag
+from hpcmlp.errors import HpcmlpError, Unavailable, UsageError, flag, of_system, printable
 
 EPILOG = """exit codes: 0 done, 2 wrong usage, 65 bad data, 66 no such input, 69 something needed is missing, 70 the run
 cannot go on, 73 cannot write, 75 stopped early and saved (run again with --resume), 78 wrong configuration or launch"""
@@ -166,21 +166,18 @@ def _run(program: str, config: Any, world: Any) -> int:
                          "--accumulate."), f"rank {world.rank}: ")
         launch.end_all(world.comm, Unavailable.code)
     except OSError as error:
-        if error.errno in _FULL:
-            _say(CannotWrite(f"{error.filename or 'output'}: {error.strerror}."), f"rank {world.rank}: ")
-            launch.end_all(world.comm, CannotWrite.code)
-        _say_fault(world)
+        told = of_system(error)
+        if told is None:
+            _say_fault(world)
+        _say(told, f"rank {world.rank}: ")
+        launch.end_all(world.comm, told.code)
     except Exception:
         _say_fault(world)
     return HpcmlpError.code
 
 
-_FULL = (28, 122, 30)  # ENOSPC, EDQUOT, EROFS: the same numbers wherever Linux runs
-
-
 def _say(error: HpcmlpError, who: str = "") -> None:
-    text = " ".join(str(error).split("\n"))
-    print(f"hpcmlp: {who}{text}", file=sys.stderr, flush=True)
+    print(f"hpcmlp: {who}{printable(str(error))}", file=sys.stderr, flush=True)
 
 
 def _say_fault(world: Any) -> None:

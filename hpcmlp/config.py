@@ -1,6 +1,7 @@
 """Every option: its default, its check, its help; frozen dataclasses from TOML and the command line."""
 
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
@@ -8,6 +9,11 @@ from typing import Any
 from hpcmlp.errors import ConfigError, InputMissing, flag
 
 TOML_LIMIT_BYTES = 64 * 1024
+_MOST_BITS = 128
+_MOST_KEY_PARTS = 100
+# Values in messages: of nested ones the outer levels, as repr itself may run out of stack.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 def option(default: Any = MISSING, help: str = "", *, kind: type | None = None, choices: tuple | None = None,
@@ -303,10 +309,12 @@ def check_value(name: str, meta: dict, value: Any) -> Any:
 
 def _check_one(name: str, meta: dict, value: Any) -> Any:
     kind = meta["kind"]
+    if type(value) is int and value.bit_length() > _MOST_BITS:
+        raise ConfigError(f"{name} is a whole number of {value.bit_length()} bits; at most {_MOST_BITS} are read.")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{name} = {value!r} is a {type(value).__name__}; it must be a {kind.__name__}.")
+        raise ConfigError(f"{name} = {_SHORT.repr(value)} is a {type(value).__name__}; it must be a {kind.__name__}.")
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{name} = {value!r} is not finite; give a finite number.")
     if meta["choices"] and value not in meta["choices"]:
@@ -322,10 +330,10 @@ def _check_one(name: str, meta: dict, value: Any) -> Any:
     return value
 
 
-def read_toml(path: str, config: type) -> dict[str, Any]:
-    """Read a TOML file of options for the dataclass `config` and check every key and value.
+def load_toml(path: str) -> dict[str, Any]:
+    """Return the values of a TOML file of options, whatever they are.
 
-    Local. Raises InputMissing when it is not there, ConfigError for everything else that is wrong with it.
+    Local. Raises InputMissing when it is not there, ConfigError when it is no TOML or beyond the limits.
     """
     try:
         with open(path, "rb") as file:
@@ -334,11 +342,23 @@ def read_toml(path: str, config: type) -> dict[str, Any]:
         raise InputMissing(f"{path}: cannot read this configuration file ({error.strerror}).") from None
     if len(data) > TOML_LIMIT_BYTES:
         raise ConfigError(f"{path}: a configuration file has at most {TOML_LIMIT_BYTES} bytes.")
+    import re
     import tomllib  # only when there is a file
+    # time and memory of a dotted key grow with the square of its parts
+    if any(piece.count(b".") > _MOST_KEY_PARTS for piece in re.split(rb"[=,\n\[\]{}]", data)):
+        raise ConfigError(f"{path}: holds a key of more than {_MOST_KEY_PARTS} parts.")
     try:
-        values = tomllib.loads(data.decode("utf-8-sig"))
+        return tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}.") from None
+
+
+def read_toml(path: str, config: type) -> dict[str, Any]:
+    """Read a TOML file of options for the dataclass `config` and check every key and value.
+
+    Local. Raises InputMissing when it is not there, ConfigError for everything else that is wrong with it.
+    """
+    values = load_toml(path)
     known = {f.name: f.metadata for f in fields(config)}
     for key in values:
         if key not in known:

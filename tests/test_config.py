@@ -1,6 +1,7 @@
 """Options: choices are those of the tables they repeat, TOML gives the same options back, errors name the cure."""
 
 import dataclasses
+import time
 
 import pytest
 
@@ -8,8 +9,9 @@ from hpcmlp import config
 from hpcmlp.cli import make_parser, parse
 from hpcmlp.comm import COLLECTIVES
 from hpcmlp.comm.wire import WIRES
+from hpcmlp.config import TrainConfig, read_toml
 from hpcmlp.data.manifest import SPLITS
-from hpcmlp.errors import ConfigError, UsageError
+from hpcmlp.errors import ConfigError, UsageError, printable
 from hpcmlp.nn import initializers, losses, optimizers, schedules
 from hpcmlp.ops.activations import KINDS as ACTIVATIONS
 
@@ -55,3 +57,19 @@ def test_every_option_of_every_program_is_in_its_help():
 def test_wrong_command_lines_say_what_is_wrong(arguments, error, words):
     with pytest.raises(error, match=words):
         parse(arguments)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("lr = 0x" + "f" * 5000, "a whole number of 20000 bits"), ("epochs = 0x" + "f" * 5000, "a whole number of 20000"),
+    ("lr = " + "9" * 400, "a whole number of 1329 bits"),
+    (".".join("a" * 30_000) + " = 1", "a key of more than 100 parts"),
+    ("[" + ".".join("a" * 30_000) + "]", "a key of more than 100 parts"),
+    ("lr = " + "[" * 150 + "]" * 150, "is a list"), ("lr = " + "[" * 20_000 + "]" * 20_000, "not a TOML file"),
+    ("lr = [" + "1," * 30_000 + "]", "is a list"), ('schedule = "' + "x" * 60_000 + '"', "not known"),
+    ("x" * 70_000, "at most 65536 bytes")])
+def test_an_absurd_toml_file_is_one_short_sentence_at_once(tmp_path, text, words):
+    (tmp_path / "a.toml").write_text(text)
+    begin = time.process_time()
+    with pytest.raises(ConfigError, match=words) as error:
+        read_toml(str(tmp_path / "a.toml"), TrainConfig)
+    assert len(printable(str(error.value))) <= 1500 and time.process_time() - begin < 2

@@ -20,9 +20,9 @@ INSIDE = {
            "ops",
     "nn": "nn layout losses network planned initializers optimizers schedules metrics auc",
     "comm": "exact_sum messages topology agreement ring wire ring_wire native shared choice served post comm",
-    "data": "data files guard layouts tables csv_numbers manifest order device_order arrays csv_reader hdf5_reader "
-            "idx_reader npz_reader parquet_reader readers row_file splits statistics download sources targets "
-            "preprocess cleaning selection summary shards describe samples resident streamed loader",
+    "data": "data files links guard layouts tables csv_numbers manifest order device_order arrays csv_reader "
+            "hdf5_reader idx_reader npz_reader parquet_reader probe readers row_file splits statistics download "
+            "sources targets preprocess cleaning selection summary shards describe samples resident streamed loader",
     "sync": "buckets control strategy narrow overlap sync step planned local ledger storage tasks server",
     "run": "run faults signals signs lateness beacon watchdog sealed state_file writer checkpoint directory "
            "coordinator options session parts account roc evaluation judge record curves trace timeline "

@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 
 from hpcmlp.data.layouts import Layout, Shapes, describe, find_layouts
-from hpcmlp.data.tables import Rows, Table, numbered
+from hpcmlp.data.tables import Rows, Table, numbered, width_of
 from hpcmlp.errors import DataError
 
 
@@ -54,11 +54,11 @@ class Matrix(Table):
         self.name = file.name
         shape, _ = file.shapes[layout.x]
         self.num_rows = int(shape[0])
-        self._width = int(np.prod([int(n) for n in shape[1:]], dtype=object))
+        self._width = width_of(self.name, shape)
         self.columns = numbered("x", self._width)
         if layout.y is not None:
             y_shape = file.shapes[layout.y][0]
-            k = int(y_shape[1]) if len(y_shape) == 2 else 1
+            k = width_of(self.name, y_shape)
             self.target_names = ("y",) if k == 1 else numbered("y", k)
 
     def read(self, start: int, stop: int) -> Rows:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from hpcmlp.data.files import digest_file
-from hpcmlp.data.guard import Refused, guarded
+from hpcmlp.data.guard import guarded
+from hpcmlp.data.links import Refused, link_kind, open_file
 from hpcmlp.data.manifest import ShardEntry
 from hpcmlp.data.shards import ShardReader, check_values
 from hpcmlp.errors import DataError, InputMissing
@@ -26,8 +27,6 @@ def describe_shard(path: str | os.PathLike, verify: bool = True) -> dict[str, An
     rows, bytes, attributes, arrays (name -> shape, dtype, layout, compression); with `verify` also sha256, class_counts
     (for integer y below a thousand classes) or y_mean and y_std
     """
-    import h5py
-
     try:
         size = os.path.getsize(path)
         with open(path, "rb"):
@@ -35,9 +34,9 @@ def describe_shard(path: str | os.PathLike, verify: bool = True) -> dict[str, An
     except OSError as error:
         raise InputMissing(f"{path}: cannot read this file ({error.strerror}).") from None
     try:
-        with h5py.File(path, "r", locking="best-effort") as file:
+        with open_file(path) as file:
             arrays = {name: _facts(guarded(file, name)) for name in ("x", "y", "weight")
-                      if name != "weight" or name in file}
+                      if name != "weight" or link_kind(file, name)}
             attributes = _attributes(file)
     except Refused as error:
         raise DataError(f"{path}: this is no shard: x, y or weight {error}") from None

@@ -7,36 +7,30 @@ Cost: linear in the number of chunks, about 1 us each (`chunk_iter`).
 """
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from hpcmlp.data.links import Refused, Welcome, follow, open_beside
 
 LIMIT_BYTES = 1 << 44
 _CHUNK_LIMIT_BYTES = 1 << 28
 _INFLATION_LIMIT = 1000
 _TEXT_LIMIT_BYTES = 4096
+_SOURCES_LIMIT = 10_000
 _BUILT_IN_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 32000: "lzf"}
 _FLETCHER32 = 3
 
 
-class Refused(Exception):
-    """Why a data set is not read; the text goes after 'FILE: data set NAME '."""
-
-
 def guarded(file: Any, name: str, limit_bytes: int = LIMIT_BYTES,
-            outside: Callable[[str], bool] | None = None, foreign: bool = False) -> Any:
+            outside: Welcome | None = None, foreign: bool = False) -> Any:
     """Return the data set `name` of the open h5py file once it has passed every check.
 
     Local. `outside(path)` says whether links and virtual sources to another file `path` are welcome (foreign files
     only; shards take none). `foreign` lets texts of fixed length and compound data sets pass, whose fields the caller
     judges one by one with `check_dtype`. Raises `Refused`.
     """
-    _check_path(file, name, outside)
-    try:
-        dataset = file[name]
-    except (KeyError, OSError, RuntimeError, ValueError) as error:
-        raise Refused(f"cannot be opened ({_plain(error)}).") from None
+    dataset = follow(file, name, outside)
     if not hasattr(dataset, "dtype") or not hasattr(dataset, "chunks"):
         raise Refused("is no data set.")
     if not (foreign and dataset.dtype.names):
@@ -47,28 +41,6 @@ def guarded(file: Any, name: str, limit_bytes: int = LIMIT_BYTES,
     return dataset
 
 
-def _check_path(file: Any, name: str, outside: Callable[[str], bool] | None) -> None:
-    import h5py
-    group = file
-    for part in [p for p in name.split("/") if p]:
-        if not isinstance(group, h5py.Group):
-            raise Refused("is not there.")
-        try:
-            link = group.get(part, getlink=True)
-        except (KeyError, RuntimeError, ValueError):
-            link = None
-        if link is None:
-            raise Refused("is not there.")
-        if not isinstance(link, h5py.HardLink):
-            target = getattr(link, "filename", "")
-            if outside is None or (target and not outside(target)):
-                raise Refused(f"is a link to {target or link.path!r}; it must be in the file itself.")
-        try:
-            group = group[part]
-        except (KeyError, OSError, RuntimeError, ValueError) as error:
-            raise Refused(f"cannot be opened ({_plain(error)}).") from None
-
-
 def check_dtype(dtype: np.dtype, texts: bool = False) -> None:
     """Raise Refused unless `dtype` is plain numbers (or, with `texts`, texts of fixed length). Local."""
     if texts and dtype.kind == "S" and 0 < dtype.itemsize <= _TEXT_LIMIT_BYTES:
@@ -77,7 +49,7 @@ def check_dtype(dtype: np.dtype, texts: bool = False) -> None:
         raise Refused(f"has type {dtype}; it must hold plain numbers of at most 8 bytes.")
 
 
-def _check_storage(dataset: Any, limit_bytes: int, outside: Callable[[str], bool] | None) -> None:
+def _check_storage(dataset: Any, limit_bytes: int, outside: Welcome | None) -> None:
     import h5py
     plist = dataset.id.get_create_plist()
     if plist.get_external_count():
@@ -89,9 +61,7 @@ def _check_storage(dataset: Any, limit_bytes: int, outside: Callable[[str], bool
         raise Refused(f"declares {size} bytes, shape {dataset.shape}; at most {limit_bytes} are read.")
     file_size = os.path.getsize(dataset.file.filename)
     if dataset.is_virtual:
-        for source in dataset.virtual_sources():
-            if outside is None or (source.file_name != "." and not outside(source.file_name)):
-                raise Refused(f"takes its values from {source.file_name}; they must be in the file itself.")
+        _check_sources(dataset, limit_bytes, outside)
         return
     layout = plist.get_layout()
     if layout == h5py.h5d.CHUNKED:
@@ -102,6 +72,30 @@ def _check_storage(dataset: Any, limit_bytes: int, outside: Callable[[str], bool
             raise Refused("was declared and never written.")
         if stored != size or offset + size > file_size:
             raise Refused(f"is cut off: {size} bytes declared, {max(0, min(stored, file_size - offset))} in the file.")
+
+
+def _check_sources(dataset: Any, limit_bytes: int, outside: Welcome | None) -> None:
+    """A virtual data set takes all its values from plain data sets, or libhdf5 fills in, or goes round until it dies.
+    """
+    directory = os.path.dirname(dataset.file.filename)
+    mapped, seen = 0, set()
+    for source in dataset.virtual_sources():
+        place = os.path.join(directory, source.file_name)
+        if outside is None or (source.file_name != "." and not outside(place)):
+            raise Refused(f"takes its values from {source.file_name}; they must be in the file itself.")
+        mapped += source.vspace.get_select_npoints()
+        if (place, source.dset_name) in seen:
+            continue
+        seen.add((place, source.dset_name))
+        if len(seen) > _SOURCES_LIMIT:
+            raise Refused(f"takes its values from more than {_SOURCES_LIMIT} data sets.")
+        file = dataset.file if source.file_name == "." else open_beside(place)
+        try:
+            guarded(file, source.dset_name, limit_bytes)
+        except Refused as error:
+            raise Refused(f"takes its values from {source.dset_name} of {source.file_name}, which {error}") from None
+    if mapped < dataset.size:
+        raise Refused(f"takes only {mapped} of its {dataset.size} values from other data sets.")
 
 
 def _check_chunks(dataset: Any, plist: Any, size: int, file_size: int) -> None:
@@ -139,7 +133,3 @@ def _filter_available(code: int) -> bool:
     except ImportError:
         return False
     return bool(h5py.h5z.filter_avail(code))
-
-
-def _plain(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

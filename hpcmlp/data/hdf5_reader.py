@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.data.guard import Refused, guarded
+from hpcmlp.data.guard import guarded
 from hpcmlp.data.layouts import Shapes
+from hpcmlp.data.links import Refused, follow, link_kind, open_file
 from hpcmlp.errors import DataError, InputMissing
 
 _DEPTH_LIMIT = 8
@@ -23,38 +24,36 @@ class Hdf5File:
     """
 
     def __init__(self, path: str | os.PathLike):
-        import h5py
-
         self.name = str(path)
         self._directory = Path(os.path.realpath(path)).parent
         self._guarded: dict[str, Any] = {}
+        self._visited: set[int] = set()
         try:
             with open(path, "rb"):
                 pass
         except OSError as error:
             raise InputMissing(f"{path}: cannot read this file ({error.strerror}).") from None
-        try:
-            self._file = h5py.File(path, "r", locking="best-effort")
-        except _DAMAGE as error:
-            raise DataError(f"{path}: not an HDF5 file, or damaged ({_plain(error)}).") from None
+        self._file = open_file(path)
         self.shapes: Shapes = {}
         try:
-            self._visit(self._file, "", 0)
+            self._visit(self._file["/"], "", 0)
         except _DAMAGE as error:
             raise DataError(f"{path}: damaged ({_plain(error)}).") from None
 
     def _visit(self, group: Any, prefix: str, depth: int) -> None:
         import h5py
 
+        address = h5py.h5o.get_info(group.id).addr
+        if address in self._visited:                   # a group that holds itself, under any name
+            return
+        self._visited.add(address)
         for key in group:
             name = prefix + key
-            link = group.get(key, getlink=True)
-            if isinstance(link, h5py.ExternalLink) and not self._inside(link.filename):
+            try:
+                value = follow(group, key, self._inside)
+            except Refused:
                 continue
-            if isinstance(link, h5py.SoftLink) and not isinstance(link, h5py.ExternalLink) and key not in group:
-                continue
-            value = group[key]
-            if isinstance(value, h5py.Group) and isinstance(link, h5py.HardLink) and depth < _DEPTH_LIMIT:
+            if isinstance(value, h5py.Group) and link_kind(group, key) == "hard" and depth < _DEPTH_LIMIT:
                 self._visit(value, name + "/", depth + 1)
             elif isinstance(value, h5py.Dataset) and value.shape is not None:
                 self.shapes[name] = (tuple(int(n) for n in value.shape), value.dtype)

@@ -4,14 +4,16 @@ import gzip
 import os
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from hpcmlp.data.tables import Rows, Table, numbered, target_columns
+from hpcmlp.data.tables import Rows, Table, numbered, physical_bytes, target_columns, width_of
 from hpcmlp.errors import DataError, InputMissing
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-_INFLATED_LIMIT_BYTES = 1 << 34
+_DIMENSIONS_LIMIT = 8
+_PIECE_BYTES = 1 << 24
 
 
 class IdxFile:
@@ -24,26 +26,37 @@ class IdxFile:
         try:
             with open(path, "rb") as handle:
                 compressed = handle.read(2) == b"\x1f\x8b"
-            if compressed:
-                with gzip.open(path, "rb") as handle:
-                    self._held = handle.read(_INFLATED_LIMIT_BYTES)
-            size = len(self._held) if self._held is not None else self._path.stat().st_size
-            head = self._bytes(0, min(size, 4 + 4 * 255))
+            with gzip.open(path, "rb") if compressed else open(path, "rb") as handle:
+                self._read_header(handle.read(4 + 4 * _DIMENSIONS_LIMIT))
+                expected = self._start + self.shape[0] * self._row_bytes
+                size = self._path.stat().st_size
+                if compressed:                         # no more than the header declares is inflated, and one byte
+                    if expected > physical_bytes():
+                        raise DataError(f"{path}: its header declares {self.shape}, {expected} bytes; this machine has "
+                                        f"{physical_bytes()}: decompress the file.")
+                    handle.seek(0)
+                    self._held = _read_up_to(handle, expected + 1)
+                    size = len(self._held)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: damaged gzip file ({error}).") from None
         except OSError as error:
             raise InputMissing(f"{path}: cannot read this file ({error.strerror}).") from None
-        if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES or not head[3] or len(head) < 4 + 4 * head[3]:
-            raise DataError(f"{path}: not an idx file (its first bytes are {head[:4].hex(' ')}).")
+        if expected != size:
+            more = " or more" if compressed and size > expected else ""
+            raise DataError(f"{path}: its header declares {self.shape}, {expected} bytes; it has {size}{more}.")
+
+    def _read_header(self, head: bytes) -> None:
+        if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES or not 0 < head[3] <= _DIMENSIONS_LIMIT or \
+                len(head) < 4 + 4 * head[3]:
+            raise DataError(f"{self.name}: not an idx file (its first bytes are {head[:4].hex(' ')}).")
         self.shape = tuple(np.frombuffer(head, ">u4", head[3], 4).tolist())
+        if not all(self.shape[1:]):
+            raise DataError(f"{self.name}: its header declares {self.shape}: no columns.")
         self.dtype = np.dtype(_TYPES[head[2]])
         self._start = 4 + 4 * head[3]
         self._row_bytes = self.dtype.itemsize
         for extent in self.shape[1:]:
             self._row_bytes *= extent
-        expected = self._start + self.shape[0] * self._row_bytes
-        if expected != size:
-            raise DataError(f"{path}: its header declares {self.shape}, {expected} bytes; it has {size}.")
 
     def _bytes(self, offset: int, count: int) -> bytes:
         if self._held is not None:
@@ -61,6 +74,15 @@ class IdxFile:
         return values.astype(self.dtype.newbyteorder("="))
 
 
+def _read_up_to(handle: IO[bytes], limit: int) -> bytes:
+    """Read at most `limit` bytes, in pieces: a reader that is asked for all at once makes room for all of it first."""
+    pieces, left = [], limit
+    while left and (piece := handle.read(min(left, _PIECE_BYTES))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
+
+
 class IdxTable(Table):
     """Images, flattened to rows, with their labels when a file of labels is given."""
 
@@ -74,7 +96,7 @@ class IdxTable(Table):
             raise DataError(f"{images}: has shape {self._x.shape}; images have two or more dimensions (are these the "
                             "labels?).")
         self.num_rows = self._x.shape[0]
-        self.columns = numbered("x", int(np.prod(self._x.shape[1:], dtype=object)))
+        self.columns = numbered("x", width_of(self.name, self._x.shape))
         if self._y is not None:
             if len(self._y.shape) > 2 or self._y.shape[0] != self.num_rows:
                 raise DataError(f"{labels}: has shape {self._y.shape}; {images} has {self.num_rows} rows.")

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from hpcmlp.data.files import write_atomically
 from hpcmlp.errors import DataError, InputMissing
@@ -16,6 +16,7 @@ SPLITS = ("train", "val", "test")
 TASKS = ("classification", "regression", "multilabel")
 X_DTYPES = ("uint8", "int8", "uint16", "int16", "int32", "float16", "float32", "float64")
 _LIMIT_BYTES = 1 << 28
+_MOST_DIGITS = 20                                      # of a whole number: they stay below 2^67
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.h5")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -110,7 +111,8 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
         what = "is no data set directory made by 'hpcmlp prepare'" if os.path.isdir(directory) else "cannot be read"
         raise InputMissing(f"{directory}: {what}: {FILE_NAME}: {error.strerror}.") from None
     try:
-        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant,
+                            parse_float=_finite_number, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: this is not a manifest: {str(error) or 'nested too deeply'}.") from None
     try:
@@ -126,8 +128,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a number of JSON")
+def _finite_number(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_constant(text)
+
+
+def _whole_number(text: str) -> int:
+    return int(text) if len(text) <= _MOST_DIGITS else _refuse_constant(text[:_MOST_DIGITS] + "...")
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number that is read here")
 
 
 class _Unsound(Exception):

@@ -1,18 +1,21 @@
 """NPZ archives: every member judged by its header before any of it is inflated, then held in memory once read."""
 
 import os
+import tokenize
+import warnings
 import zipfile
 import zlib
 
 import numpy as np
 
 from hpcmlp.data.layouts import Shapes
+from hpcmlp.data.tables import physical_bytes
 from hpcmlp.errors import DataError, InputMissing
 
 # deflate inflates at most 1032 times; the other methods without bound
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError, KeyError,
-           TypeError, SyntaxError, OverflowError, LookupError)
+           TypeError, SyntaxError, OverflowError, LookupError, tokenize.TokenError)
 
 
 class NpzFile:
@@ -48,7 +51,9 @@ class NpzFile:
                 version = np.lib.format.read_magic(member)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else \
                     np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(member)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")    # that Python 2 wrote it: not the user's concern
+                    shape, _, dtype = read(member)
                 header = member.tell()
         except _DAMAGE as error:
             raise DataError(f"{self.name}: array {name!r} is damaged ({_plain(error)}).") from None
@@ -59,9 +64,9 @@ class NpzFile:
             size *= int(extent)
         if size + header != info.file_size:
             raise DataError(f"{self.name}: array {name!r} declares {size} bytes and holds {info.file_size - header}.")
-        if info.file_size > _memory_bytes():
+        if info.file_size > physical_bytes():
             raise DataError(f"{self.name}: array {name!r} needs {info.file_size} bytes; this machine has "
-                            f"{_memory_bytes()}: use HDF5, which is read by ranges.")
+                            f"{physical_bytes()}: use HDF5, which is read by ranges.")
         self._members[name] = info
         self.shapes[name] = (tuple(int(n) for n in shape), dtype)
 
@@ -73,7 +78,9 @@ class NpzFile:
     def _load(self, array: str) -> np.ndarray:
         try:
             with self._archive.open(self._members[array]) as member:
-                values = np.lib.format.read_array(member, allow_pickle=False)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    values = np.lib.format.read_array(member, allow_pickle=False)
                 if member.read(1):
                     raise ValueError("bytes after its end")
         except MemoryError:
@@ -81,10 +88,6 @@ class NpzFile:
         except _DAMAGE as error:
             raise DataError(f"{self.name}: array {array!r} is damaged ({_plain(error)}).") from None
         return np.ascontiguousarray(values, values.dtype.newbyteorder("="))
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _plain(error: Exception) -> str:

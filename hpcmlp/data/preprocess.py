@@ -5,12 +5,14 @@ Numbers are filled where missing, then (x - shift) * scale in float64, rounded o
 are, and are normalised when a batch is loaded.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from hpcmlp.data.csv_numbers import parse_values
+from hpcmlp.data.manifest import TASKS
 from hpcmlp.data.tables import Rows, Table, as_text, numbered
 from hpcmlp.data.targets import Targets
 from hpcmlp.errors import DataError
@@ -84,6 +86,7 @@ class Preprocessor:
                 raise DataError(f"preprocessing has version {values['version']!r}; this program reads 1.")
             target = values["target"]
             given = {k: v for k, v in values.items() if k not in ("version", "target")}
+            _check_kinds(values)
             target = {k: tuple(v) if isinstance(v, list) else v for k, v in target.items()}
             given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
             given["levels"] = {k: tuple(v) for k, v in given["levels"].items()}
@@ -91,7 +94,7 @@ class Preprocessor:
             if len(out.shift) != len(out.feature_names) or len(out.scale) != len(out.shift):
                 raise DataError("preprocessing is damaged: shift and scale do not match the inputs.")
             return out
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise DataError(f"preprocessing is damaged ({type(error).__name__}: {error}).") from None
 
     def transform(self, rows: Rows | Table, table: Table | None = None, first: int | np.ndarray = 0,
@@ -286,6 +289,25 @@ def _pixels(x: np.ndarray, names: tuple[str, ...], table: Table, numbers: np.nda
         raise DataError(f"{table.where(int(numbers[row]))}, column {names[column]!r} is {x[row, column]}; the model "
                         "takes pixels, whole numbers from 0 to 255.")
     return out
+
+
+def _check_kinds(values: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError unless what a manifest says of the preprocessing has the right types throughout."""
+    target, levels, fills = values["target"], values["levels"], values["fills"]
+    texts = [values["inputs"], target["names"], target["classes"] or [], *levels.values()]
+    numbers = [values["shift"], values["scale"], target["shift"] or [], target["scale"] or []]
+    sound = (values["form"] in ("columns", "matrix") and values["x_dtype"] in ("float32", "uint8")
+             and type(values["invalid_is_missing"]) is bool and target["task"] in TASKS
+             and type(levels) is dict and type(fills) is dict
+             and all(type(part) is list and all(type(v) is str for v in part) for part in texts)
+             and all(type(part) is list and all(type(v) in (int, float) and math.isfinite(v) for v in part)
+                     for part in numbers)
+             and set(levels) | set(fills) <= set(values["inputs"])
+             and len(set(values["inputs"])) == len(values["inputs"])
+             and all(type(v) is (str if name in levels else float) or (type(v) is int and name not in levels)
+                     for name, v in fills.items()))
+    if not sound:
+        raise ValueError("a value of the wrong type, or a column that is no input")
 
 
 def _is_number(name: str) -> bool:

@@ -14,6 +14,7 @@ from hpcmlp.data.layouts import split_of_file
 from hpcmlp.data.manifest import FILE_NAME
 from hpcmlp.data.npz_reader import NpzFile
 from hpcmlp.data.parquet_reader import ParquetTable
+from hpcmlp.data.probe import probe
 from hpcmlp.data.tables import Chain, Table
 from hpcmlp.errors import DataError, InputMissing
 
@@ -28,6 +29,14 @@ class SourcePart:
 
     split: str | None
     table: Table
+
+
+def probe_strangers(path: str | os.PathLike) -> None:
+    """Let a child process open the HDF5 files that `path` stands for (`data.probe`), before any rank does.
+
+    Local: one rank calls it, before all call `open_table` or `open_parts`. Raises DataError, InputMissing.
+    """
+    probe([file for file in expand(path) if _format(file) == "hdf5"])
 
 
 def open_table(path: str | os.PathLike, x: str | None = None, y: str | None = None, weight: str | None = None,

@@ -6,6 +6,8 @@ the file (`publish`). libhdf5 is not asked again: its parallel build is not need
 another.
 """
 
+import contextlib
+import io
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -52,8 +54,9 @@ def lay_out(path: str | os.PathLike, fields: Sequence[Field], attributes: Mappin
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     offsets: dict[str, int | None] = {}
+    laid_out = _Pieces()
     try:
-        with h5py.File(temporary, "x") as file:
+        with h5py.File(laid_out, "w") as file:
             for name, shape, dtype in fields:
                 offsets[name] = _place(file, name, shape, dtype)
             for key, value in attributes.items():
@@ -62,13 +65,75 @@ def lay_out(path: str | os.PathLike, fields: Sequence[Field], attributes: Mappin
                 raw = [word.encode() for word in words]
                 file.create_dataset(key, data=np.array(raw, _text_type(max(map(len, raw), default=1))),
                                     track_times=False)
+        laid_out.store(temporary)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):             # where nothing can be written nothing can be removed
+            temporary.unlink(missing_ok=True)
         raise CannotWrite(write_failure(path, error, sum(_bytes(s, t) for _, s, t in fields))) from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     return temporary, offsets
+
+
+class _Pieces(io.RawIOBase):
+    """A file in memory that keeps only what is written: the metadata, a few KB, and not the space for the rows.
+
+    libhdf5 writes here and not to the disk: where that is full it raises, or ends the process by SIGSEGV.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, bytes]] = []
+        self._place = self._size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def truncate(self, size: int | None = None) -> int:
+        self._size = self._place if size is None else size
+        return self._size
+
+    def write(self, data: Any) -> int:
+        piece = bytes(data)
+        self._pieces.append((self._place, piece))
+        self._place += len(piece)
+        self._size = max(self._size, self._place)
+        return len(piece)
+
+    def readinto(self, out: Any) -> int:
+        count = max(0, min(len(out), self._size - self._place))
+        out[:count] = bytes(count)
+        for start, piece in self._pieces:              # later ones over earlier ones
+            low, high = max(start, self._place), min(start + len(piece), self._place + count)
+            if low < high:
+                out[low - self._place:high - self._place] = piece[low - start:high - start]
+        self._place += count
+        return count
+
+    def store(self, path: str | os.PathLike) -> None:
+        """Write all of it to the new file `path`; raises OSError."""
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            os.ftruncate(handle, self._size)
+            for start, piece in self._pieces:
+                done = 0
+                while done < len(piece):
+                    done += os.pwrite(handle, piece[done:], start + done)
+        finally:
+            os.close(handle)
 
 
 def _place(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> int | None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from hpcmlp.data.files import digest_file, write_atomically
-from hpcmlp.data.guard import Refused, guarded
+from hpcmlp.data.guard import guarded
+from hpcmlp.data.links import Refused, link_kind, open_file
 from hpcmlp.data.manifest import FORMAT_VERSION, Manifest, ShardEntry
 from hpcmlp.errors import DataError, InputMissing
 
@@ -104,8 +105,6 @@ class ShardReader:
             raise
 
     def _open(self) -> None:
-        import h5py
-
         try:
             self._handle = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             size = os.fstat(self._handle).st_size
@@ -116,12 +115,9 @@ class ShardReader:
                 what = "truncated" if size < self.entry.bytes else "changed"
                 raise DataError(f"{self.path}: {what}: {size} bytes, {self.entry.bytes} expected; prepare the data "
                                 "set again or restore this shard.")
-            try:
-                self._file = h5py.File(self.path, "r", locking="best-effort")
-            except OSError as error:
-                raise DataError(f"{self.path}: not an HDF5 file ({' '.join(str(error).split())[:120]}).") from None
+            self._file = open_file(self.path)
             for name in ("x", "y", "weight"):
-                if name != "weight" or name in self._file:
+                if name != "weight" or link_kind(self._file, name):
                     self._datasets[name] = self._guarded(name)
         except BaseException:
             self.close()

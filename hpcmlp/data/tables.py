@@ -5,12 +5,14 @@ None for a missing text. A matrix table reads as `x` (n, d) of the file's own ty
 (n,) where the file has them.
 """
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
 
 from hpcmlp.errors import DataError
 
+COLUMN_LIMIT = 1 << 22
 Rows = dict[str, np.ndarray]
 
 
@@ -149,6 +151,21 @@ def number_text(value: float | int | bool) -> str:
     if isinstance(value, float):
         return str(int(value)) if value == value and abs(value) < 2**53 and value == int(value) else repr(value)
     return str(int(value))
+
+
+def width_of(name: str, shape: Sequence[int]) -> int:
+    """Return how many columns rows of this shape have, flattened. Local; raises DataError beyond what is read."""
+    width = 1
+    for extent in shape[1:]:
+        width *= int(extent)
+    if width > COLUMN_LIMIT:
+        raise DataError(f"{name}: has {width} columns; at most {COLUMN_LIMIT} are read.")
+    return width
+
+
+def physical_bytes() -> int:
+    """Return the memory of this machine. Local."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def numbered(prefix: str, count: int) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ from typing import Any
 
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.messages import all_gather_bytes, broadcast_bytes
-from hpcmlp.config import InspectConfig
+from hpcmlp.config import InspectConfig, load_toml
 from hpcmlp.data.describe import describe_shard
 from hpcmlp.data.manifest import FILE_NAME, Manifest, read_manifest
+from hpcmlp.data.probe import probe
 from hpcmlp.data.samples import allocate, open_shard, read_rows, row_bytes
-from hpcmlp.errors import DataError, HpcmlpError, InputMissing
+from hpcmlp.errors import ConfigError, DataError, HpcmlpError, InputMissing, printable_lines
 from hpcmlp.run import checkpoint
 from hpcmlp.run.directory import to_json
 
@@ -45,7 +46,7 @@ def main(config: InspectConfig, comm: Any) -> int:
     code = next((c for c in (DataError.code, InputMissing.code) if c in codes), 0)
     found |= {"whole": code == 0, "verified": config.verify, "code": code}
     if comm.rank == 0:
-        print(to_json(found) if config.json else _table(found), flush=True)
+        print(to_json(found) if config.json else printable_lines(_table(found)), flush=True)
     return code
 
 
@@ -80,6 +81,7 @@ def _survey(path: str) -> dict[str, Any]:
 
 def _survey_shard(place: Path) -> dict[str, Any]:
     found = {"kind": "shard", "path": str(place), "names": [place.name]}
+    probe([place])
     try:
         manifest = read_manifest(place.parent)
     except HpcmlpError:
@@ -94,6 +96,7 @@ def _survey_shard(place: Path) -> dict[str, Any]:
 def _survey_data(place: Path) -> dict[str, Any]:
     manifest = read_manifest(place)
     listed = {entry.file for entries in manifest.splits.values() for entry in entries}
+    probe([place / name for name in sorted(listed) if (place / name).exists()])
     return {"kind": "data set", "path": str(place), "name": manifest.name, "task": manifest.task,
             "num_features": manifest.num_features, "x_dtype": manifest.x_dtype, "num_outputs": manifest.num_outputs,
             "classes": manifest.classes, "target_names": manifest.target_names, "weighted": manifest.weighted,
@@ -165,11 +168,10 @@ def _read(path: Path) -> bytes:
 
 
 def _check_config(path: Path) -> dict[str, Any]:
-    import tomllib
     try:
-        return {"options": len(tomllib.loads(_read(path).decode()))}
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: this is not a TOML file: {error}.") from None
+        return {"options": len(load_toml(str(path)))}
+    except ConfigError as error:
+        raise DataError(str(error)) from None
 
 
 def _check_log(path: Path) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from hpcmlp.config import PredictConfig
 from hpcmlp.data.loader import Loader
 from hpcmlp.data.manifest import FILE_NAME, read_manifest
 from hpcmlp.data.preprocess import Preprocessor, Report
-from hpcmlp.data.readers import open_table
+from hpcmlp.data.readers import open_table, probe_strangers
 from hpcmlp.data.row_file import Field, RowWriter, check_new_file, lay_out, publish
+from hpcmlp.errors import printable
 from hpcmlp.launch import end_all
 from hpcmlp.nn.losses import Loss
 from hpcmlp.ops import open_ops
@@ -45,6 +46,8 @@ def _predict(config: PredictConfig, comm: Any, topology: Topology) -> None:
     with agreed(comm):
         if comm.rank == 0:
             check_new_file(config.out, config.force)
+            if not (Path(config.input) / FILE_NAME).is_file():
+                probe_strangers(config.input)
     model, flat = open_model(config.run, config.which, comm)
     with agreed(comm):
         rows = Rows(config, model, comm)
@@ -176,7 +179,7 @@ def describe(config: PredictConfig, model: Model) -> tuple[dict[str, Any], dict[
 def say(config: PredictConfig, num_rows: int, outputs: Outputs, notes: list[bytes]) -> None:
     """Print what was written and what the user should know about it. Local."""
     names = ", ".join(name for name, _, _ in outputs.fields(0))
-    print(f"{config.out}: {num_rows:,} rows in input order: {names}")
+    print(printable(f"{config.out}: {num_rows:,} rows in input order: {names}"))
     report, not_finite = Report(), 0
     for filled, unknown, bad in map(json.loads, notes):
         not_finite += bad
@@ -184,6 +187,6 @@ def say(config: PredictConfig, num_rows: int, outputs: Outputs, notes: list[byte
             for key, count in part.items():
                 total[key] = total.get(key, 0) + count
     for sentence in report.sentences():
-        print(f"note: {sentence}")
+        print(printable(f"note: {sentence}"))
     if not_finite:
         print(f"note: {not_finite} rows have outputs that are not finite numbers")

@@ -17,7 +17,7 @@ from hpcmlp.data.cleaning import Counts, Policy, check_levels, check_weights, ju
 from hpcmlp.data.files import check_new_directory, discard_directory, new_directory, publish_directory
 from hpcmlp.data.manifest import Manifest, ShardEntry, write_manifest
 from hpcmlp.data.preprocess import POLICIES_THAT_FILL, Preprocessor, raw_targets, spread
-from hpcmlp.data.readers import SourcePart, open_parts
+from hpcmlp.data.readers import SourcePart, open_parts, probe_strangers
 from hpcmlp.data.selection import Selection, select
 from hpcmlp.data.shards import shard_name, write_shard
 from hpcmlp.data.sources import NAMED, locate, open_named
@@ -43,7 +43,7 @@ from hpcmlp.data.targets import (
     class_names,
     describe_targets,
 )
-from hpcmlp.errors import ConfigError, DataError, InputMissing
+from hpcmlp.errors import ConfigError, DataError, InputMissing, printable, printable_lines
 
 
 @dataclass
@@ -93,8 +93,9 @@ def main(config: PrepareConfig, comm: Any) -> int:
     manifest = write(config, preprocessor, x, y, raw.weight, places, comm)
     if comm.rank == 0:
         policy = Policy(config.missing, config.invalid)
-        print(summary(manifest, preprocessor, policy, raw.counts, source.table.notes, config.normalize), flush=True)
-        print(f"wrote {config.out}: {volume(manifest)}, in {time.monotonic() - begin:.1f} s", flush=True)
+        told = summary(manifest, preprocessor, policy, raw.counts, source.table.notes, config.normalize)
+        print(printable_lines(told), flush=True)
+        print(f"wrote {printable(config.out)}: {volume(manifest)}, in {time.monotonic() - begin:.1f} s", flush=True)
         if len(manifest.splits["train"]) < config.shards:
             print(f"warning: {len(manifest.splits['train'])} training shards instead of {config.shards}: there are no "
                   "more rows", flush=True)
@@ -109,14 +110,16 @@ def open_source(config: PrepareConfig, comm: Any) -> Selection:
         check_options(config)
         if named and comm.rank == 0:
             files = locate(named.name, config.cache, config.from_dir)
+        elif not named and comm.rank == 0:
+            if not Path(config.source).exists() and not glob.has_magic(config.source):
+                raise InputMissing(f"{config.source}: no such file or directory, and no named data set "
+                                   f"({', '.join(NAMED)}){nearest(config.source, list(NAMED)) or '.'}")
+            probe_strangers(config.source)
     files = json.loads(broadcast_bytes(comm, json.dumps(files).encode() if comm.rank == 0 else None))
     with agreed(comm):
         if named:
             parts: list[SourcePart] = open_named(named.name, files, config.rows, config.seed)
         else:
-            if not Path(config.source).exists() and not glob.has_magic(config.source):
-                raise InputMissing(f"{config.source}: no such file or directory, and no named data set "
-                                   f"({', '.join(NAMED)}){nearest(config.source, list(NAMED)) or '.'}")
             parts = open_parts(config.source, config.x, config.target or config.y, config.weight)
         target = config.target or config.y
         if named and not parts[0].table.matrix:

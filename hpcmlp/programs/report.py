@@ -7,7 +7,7 @@ from hpcmlp.comm.agreement import agreed
 from hpcmlp.config import ReportConfig
 from hpcmlp.errors import CannotWrite, ConfigError
 from hpcmlp.run import timeline
-from hpcmlp.run.curves import draw_curves
+from hpcmlp.run.curves import draw_curves, read_records
 
 
 def main(config: ReportConfig, comm: Any) -> int:
@@ -35,14 +35,9 @@ def main(config: ReportConfig, comm: Any) -> int:
 
 def served(runs: tuple[str, ...]) -> list[str]:
     """Return the lines that tell what the servers of runs with --sync server did, over all epochs. Local."""
-    import json
     lines = []
     for run in runs:
-        try:
-            text = Path(run, "metrics.jsonl").read_text(encoding="utf-8")
-        except OSError:
-            continue    # the picture's own message says so
-        told = [json.loads(line) for line in text.splitlines() if '"kind": "server"' in line]
+        told = [record for record in read_records(run) if record.get("kind") == "server"]
         if told:
             from hpcmlp.sync.storage import add_reports, report_table
             lines += [f"{run}:", *report_table(add_reports(told))]

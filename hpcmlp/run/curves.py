@@ -15,6 +15,7 @@ from hpcmlp.data.files import write_atomically
 from hpcmlp.errors import DataError, InputMissing
 
 MAIN_METRICS = ("accuracy", "label_accuracy", "rmse")  # the first one that a run has is drawn
+_LARGEST = 1e100
 TIME_PARTS = ("compute", "comm", "input")
 MISSING = "learning curves are not drawn: this needs matplotlib (pip install 'hpcmlp[plot]')."
 
@@ -91,8 +92,13 @@ def _short_names(runs: list[Path]) -> list[str]:
 
 def _points(records: list[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
     """The records that hold numbers for both keys (a loss that was not finite is null)."""
-    pairs = [(r[x], r[y]) for r in records if all(isinstance(r.get(key), int | float) for key in (x, y))]
+    pairs = [(r[x], r[y]) for r in records if _drawable(r.get(x)) and _drawable(r.get(y))]
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _drawable(value: Any) -> bool:
+    """Whether a value out of a log is a number that axes can have."""
+    return type(value) in (int, float) and abs(value) < _LARGEST
 
 
 def _draw_loss(axes: Any, steps: list[dict], epochs: list[dict], color: str, name: str) -> None:
@@ -124,8 +130,8 @@ def _draw_metric(axes: Any, epochs: list[dict], color: str, name: str) -> None:
 
 def _draw_time(axes: Any, steps: list[dict], epochs: list[dict], number: int, name: str) -> None:
     """One bar: seconds of all epochs, or of the logged steps of a run shorter than an epoch."""
-    seconds = [sum(r["seconds"].get(part, 0.0) for r in epochs if isinstance(r.get("seconds"), dict))
-               for part in TIME_PARTS]
+    spent = [r["seconds"] for r in epochs if isinstance(r.get("seconds"), dict)]
+    seconds = [sum(s[part] for s in spent if _drawable(s.get(part))) for part in TIME_PARTS]
     if not sum(seconds):
         seconds = [sum(_points(steps, "step", f"{part}_s")[1]) for part in TIME_PARTS]
     total = sum(seconds)

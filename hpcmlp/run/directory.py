@@ -13,6 +13,7 @@ from hpcmlp.run.state_file import finite
 
 _STALE_S = 300.0
 _BEAT_S = 20.0
+_TAKEOVER_S = 30.0
 
 
 def to_json(value: Any) -> str:
@@ -58,17 +59,18 @@ class RunDirectory:
             try:
                 handle = os.open(self._lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
             except FileExistsError:
-                self._take_over()
-                continue
+                if not self._take_over(mine.encode() + b"\n"):
+                    continue
             except OSError as error:
                 raise CannotWrite(f"{self.path}: cannot write in this run directory ({error.strerror}).") from None
-            try:
-                os.write(handle, mine.encode() + b"\n")
-            except OSError as error:
-                self._lock.unlink(missing_ok=True)
-                raise CannotWrite(write_failure(self._lock, error, len(mine))) from None
-            finally:
-                os.close(handle)
+            else:
+                try:
+                    os.write(handle, mine.encode() + b"\n")
+                except OSError as error:
+                    self._lock.unlink(missing_ok=True)
+                    raise CannotWrite(write_failure(self._lock, error, len(mine))) from None
+                finally:
+                    os.close(handle)
             self._beat = time.monotonic()
             return
         raise CannotWrite(f"{self.path}: another run took this directory just now; name another --out.")
@@ -77,15 +79,44 @@ class RunDirectory:
     def _lock(self) -> Any:
         return self.path / "lock"
 
-    def _take_over(self) -> None:
-        """Remove a stale lock, or raise CannotWrite saying who is here."""
+    def _take_over(self, mine: bytes) -> bool:
+        """Put our lock in place of a stale one, or raise CannotWrite saying who is here; False when there is none now.
+
+        Whoever takes over holds a second file meanwhile and judges again: of two that saw the same stale lock the
+        slower one would else remove the fresh lock of the other.
+        """
+        if not self._check_stale():
+            return False
+        right = self.path / "lock.takeover"
+        try:
+            os.close(os.open(right, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644))
+        except FileExistsError:
+            try:
+                if time.time() - right.stat().st_mtime > _TAKEOVER_S:
+                    right.unlink()                     # its owner was killed meanwhile
+                    return False
+            except OSError:
+                pass
+            raise CannotWrite(f"{self.path}: another run takes this directory over just now; try again.") from None
+        except OSError as error:
+            raise CannotWrite(f"{self.path}: cannot write in this run directory ({error.strerror}).") from None
+        try:
+            if not self._check_stale():
+                return False
+            write_atomically(self._lock, mine)
+            return True
+        finally:
+            right.unlink(missing_ok=True)
+
+    def _check_stale(self) -> bool:
+        """Return whether there is a lock, a stale one; raise CannotWrite saying who is here when it is not stale."""
         age = 0.0
         try:
             age = time.time() - self._lock.stat().st_mtime
             owner = json.loads(self._lock.read_bytes()[:4096])
             host, pid, job = str(owner["host"]), int(owner["pid"]), owner.get("job")
         except FileNotFoundError:
-            return
+            return False
         except (OSError, ValueError, KeyError, TypeError):
             host, pid, job = "?", -1, None
         here = host == os.uname().nodename
@@ -95,7 +126,7 @@ class RunDirectory:
             of_job = f"job {job} on " if job else ""
             raise CannotWrite(f"{self.path}: in use by {of_job}{host}, pid {pid}, last sign of life {age:.0f} s ago; "
                               "end that run or name another --out.")
-        self._lock.unlink(missing_ok=True)
+        return True
 
     def sign_of_life(self) -> None:
         """Renew the lock's time, at most every 20 seconds. Local."""

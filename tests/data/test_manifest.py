@@ -38,6 +38,9 @@ def broken(change):
 BROKEN = {
     "no JSON": ("{", "not a manifest"), "no text": (b"\xff\xfe", "not a manifest"), "deep": ("[" * 100_000, "manifest"),
     "a list": ("[]", "JSON object"), "NaN": ('{"format_version": NaN}', "NaN"),
+    "infinity in disguise": ('{"format_version": 1, "name": 1e999}', "1e999 is no number"),
+    "hundreds of digits": ('{"format_version": 1, "name": ' + "9" * 400 + "}", "9999... is no number"),
+    "thousands of digits": ('{"format_version": 1, "name": ' + "9" * 5000 + "}", "9999... is no number"),
     "doubled key": ('{"name": 1, "name": 2}', "twice"),
     "newer": (lambda v: v.update(format_version=2), "format_version is 2"),
     "true is no version": (lambda v: v.update(format_version=True), "format_version"),

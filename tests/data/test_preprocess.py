@@ -218,3 +218,19 @@ def test_weights_are_finite_and_not_negative():
     for bad in (-1.0, np.nan, np.inf):
         with pytest.raises(DataError, match=f"row 5: the weight is {bad}"):
             check_weights(np.array([1.0, bad]), Table(), 4)
+
+
+@pytest.mark.parametrize("change", [
+    lambda v: v.update(shift=["a"] * 4), lambda v: v.update(scale=[True] * 4), lambda v: v.update(fills=1),
+    lambda v: v.update(fills={"u": "text"}), lambda v: v.update(fills={"kind": 1.0}), lambda v: v.update(levels=[1]),
+    lambda v: v["levels"].update(kind=[["a"], "b"]), lambda v: v["levels"].update(other=["a"]),
+    lambda v: v.update(inputs=["u", 1, "v"]), lambda v: v.update(inputs=["u", "u", "v"]),
+    lambda v: v.update(form="rows"), lambda v: v.update(invalid_is_missing=1), lambda v: v.update(x_dtype="float16"),
+    lambda v: v["target"].update(classes=[1, 2]), lambda v: v["target"].update(names="y"),
+    lambda v: v["target"].update(task="guess"), lambda v: v.update(shift=[float("nan")] * 4)])
+def test_a_description_with_values_of_wrong_types_is_refused(change):
+    values = json.loads(json.dumps(columns_form().to_dict()))
+    assert Preprocessor.from_dict(json.loads(json.dumps(values))) == columns_form()
+    change(values)
+    with pytest.raises(DataError, match="preprocessing is damaged"):
+        Preprocessor.from_dict(values)

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import tracemalloc
 import zipfile
 
 import h5py
@@ -187,6 +188,30 @@ def damage(path, kind):
         data = bytearray(path.read_bytes())
         data[data.find(X.tobytes()[:16]) + 3] ^= 1
         path.write_bytes(data)
+    elif kind == "npz unclosed":                       # numpy raises what tokenize raises
+        path = path / "d.npz"
+        head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (3, "
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head)
+    elif kind in ("npz wide", "h5 wide"):              # no rows, and more columns than names fit in memory
+        path = path / f"d.{kind[:3].strip()}"
+        if kind == "npz wide":
+            np.savez(path, x=np.zeros((0, 2**40), "f4"))
+        else:
+            with h5py.File(path, "w") as file:
+                file.create_dataset("x", (0, 2**40), "f4", chunks=(1, 1024), maxshape=(None, None))
+    elif kind == "idx dimensions":
+        path = path / "d.idx"
+        path.write_bytes(bytes([0, 0, 8, 255]) + bytes(4 * 255))
+    elif kind == "idx no columns":
+        path = path / "d.idx"
+        path.write_bytes(bytes([0, 0, 8, 4]) + np.array([7, 2**31, 2**31, 0], ">u4").tobytes())
+    elif kind == "idx wide":
+        path = path / "d.idx"
+        path.write_bytes(bytes([0, 0, 8, 3]) + np.array([0, 2**32 - 1, 2**32 - 1], ">u4").tobytes())
+    elif kind == "idx bomb":                           # it says that it holds 4 rows
+        path = path / "d.idx"
+        path.write_bytes(gzip.compress(bytes([0, 0, 8, 2]) + np.array([4, 2], ">u4").tobytes() + bytes(1 << 26), 1))
     elif kind.startswith("idx"):
         path = path / "d.idx"
         write_idx(path, IMAGES)
@@ -208,7 +233,10 @@ def damage(path, kind):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("kind, words", [
     ("npz garbage", "NPZ"), ("npz objects", "Python objects"), ("npz twice", "two arrays"), ("npz huge", "declares"),
-    ("npz bomb", "method 12"), ("npz flipped", "'x' is damaged"), ("idx magic", "not an idx file"),
+    ("npz bomb", "method 12"), ("npz unclosed", "'x' is damaged"), ("npz wide", "1099511627776 columns; at most"),
+    ("h5 wide", "1099511627776 columns; at most"), ("idx dimensions", "not an idx"), ("idx wide", "columns; at most"),
+    ("idx no columns", "no columns"),
+    ("idx bomb", "20 bytes; it has 21 or more"), ("npz flipped", "'x' is damaged"), ("idx magic", "not an idx file"),
     ("idx short", "declares"), ("idx long", "declares"), ("idx cut", "not an idx"), ("idx empty", "not an idx"),
     ("h5 garbage", "not an HDF5 file"), ("h5 unequal", "'x' has 11 rows and 'y' has 5"), ("h5 vector", "dimensions"),
     ("h5 nothing", "no arrays"), ("h5 two", "choose with --x"), ("h5 other", "cannot tell"),
@@ -245,3 +273,21 @@ def test_files_that_disagree_are_refused(tmp_path):
     (tmp_path / "b.csv").write_text("u\n1\n")
     with pytest.raises(DataError, match="has 1 columns; .*a.csv has 2"):
         open_table(tmp_path)
+
+
+def test_a_compressed_idx_file_is_inflated_as_far_as_its_header_says(tmp_path):
+    path = damage(tmp_path, "idx bomb")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="or more"):
+            open_table(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 23        # of the 64 MiB in it
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_npz_file_of_python_2_is_read_without_a_word(tmp_path):
+    head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (11L, 3L), }".ljust(117) + b"\n"
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head + X.tobytes())
+    assert np.array_equal(open_table(tmp_path / "d.npz").read(0, 11)["x"], X)

@@ -10,7 +10,8 @@ import pytest
 
 from hpcmlp.data import shards as shards_module
 from hpcmlp.data.files import digest_file
-from hpcmlp.data.guard import Refused, guarded
+from hpcmlp.data.guard import guarded
+from hpcmlp.data.links import Refused
 from hpcmlp.data.manifest import X_DTYPES, Manifest, ShardEntry
 from hpcmlp.data.shards import ShardReader, check_values, shard_image, write_shard
 from hpcmlp.errors import CannotWrite, DataError, InputMissing

@@ -76,6 +76,26 @@ def test_a_torn_last_line_is_left_out_and_a_damaged_one_named(tmp_path):
         read_records(run)
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe", b'{"kind": "server", "x": ' + b"[" * 100_000, b"[1]", b"7"])
+def test_a_log_that_is_no_log_is_one_sentence(tmp_path, hpcmlp, line):
+    write_log(tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as file:
+        file.write(line + b"\n")
+    done = hpcmlp("report", tmp_path / "run")
+    assert done.returncode == 65 and "is not a JSON object" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["text", True, [1], {"a": 1}, 10**400, 1e999, -1e300, None])
+def test_values_that_cannot_be_drawn_are_left_out(tmp_path, value):
+    write_log(tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    odd = [{**r, **dict.fromkeys(set(r) - {"kind"}, value), "val": {"loss": value, "accuracy": value},
+            "seconds": {"compute": value}} for r in lines]
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(r) + "\n" for r in odd)
+    assert draw_curves([tmp_path / "run"], tmp_path / "out.png") is None
+
+
 def test_without_matplotlib_there_is_a_sentence_and_no_picture(tmp_path, monkeypatch):
     run = write_log(tmp_path / "run")
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:

@@ -35,6 +35,36 @@ def test_the_lock_of_a_dead_process_that_nobody_has_collected_is_taken_over(tmp_
     child.wait()
 
 
+def test_of_two_that_see_the_same_stale_lock_one_takes_over(tmp_path, monkeypatch):
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    lock = tmp_path / "lock"
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": dead.pid, "job": None}))
+    real, looks = RunDirectory._check_stale, []
+
+    def look(self):
+        stale = real(self)
+        looks.append(stale)
+        if len(looks) == 1:                            # right after our look the other one has it
+            lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getppid(), "job": None}))
+        return stale
+    monkeypatch.setattr(RunDirectory, "_check_stale", look)
+    with pytest.raises(CannotWrite, match=f"in use by .*pid {os.getppid()}"):
+        RunDirectory(tmp_path, True)
+    assert looks == [True] and json.loads(lock.read_text())["pid"] == os.getppid()
+    assert os.listdir(tmp_path) == ["lock"]
+
+
+def test_who_was_killed_taking_over_holds_nobody_up_for_long(tmp_path):
+    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "job": None}))
+    (tmp_path / "lock.takeover").write_bytes(b"")
+    with pytest.raises(CannotWrite, match="just now"):
+        RunDirectory(tmp_path, True)
+    os.utime(tmp_path / "lock.takeover", (time.time() - 60,) * 2)
+    RunDirectory(tmp_path, True).release()
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("age, taken", [(1.0, False), (1000.0, True)])
 def test_the_lock_of_another_host_counts_while_it_shows_signs_of_life(tmp_path, age, taken):
     lock = tmp_path / "lock"
