@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Collective over the world, but for --help and wrong usage, which start no MPI.
     """
+    program = config = None
     try:
         program, config = parse(sys.argv[1:] if argv is None else argv)
         world = launch.open_world()
@@ -133,12 +134,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         launch.end_unstarted(error.code, _say, error)
     except HpcmlpError as error:
         if launch.launcher_rank() == 0:
-            _say(error)
+            if program != "doctor" or not _look_alone(config, error):
+                _say(error)
         else:
             # A launcher that ends the job with its first rank to fail would else cut rank 0's sentence off.
             time.sleep(0.5)
         return error.code
     return _run(program, config, world)
+
+
+def _look_alone(config: Any, error: HpcmlpError) -> bool:
+    """Let `doctor` show what one process can see of a launch that failed; return whether it could."""
+    try:
+        from hpcmlp.programs.doctor import unstarted
+    except (ImportError, RuntimeError):     # there is no MPI library at all, as the sentence has said
+        return False
+    unstarted(config, error)
+    return True
 
 
 def _run(program: str, config: Any, world: Any) -> int:

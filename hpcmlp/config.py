@@ -285,8 +285,17 @@ class BenchConfig:
                         "objects (comm, io)")
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Look at a launch from every rank, say what is wrong with it and the cure."""
+
+    dir: str = option(".", help="directory on the file system that runs will be written to: can files be locked "
+                      "there?", metavar="DIR")
+    json: bool = option(False, help="print one JSON object and nothing else")
+
+
 CONFIGS = {"prepare": PrepareConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "predict": PredictConfig,
-           "bench": BenchConfig, "report": ReportConfig, "inspect": InspectConfig}
+           "bench": BenchConfig, "report": ReportConfig, "inspect": InspectConfig, "doctor": DoctorConfig}
 
 
 def nearest(word: str, legal: list[str]) -> str:

@@ -273,10 +273,27 @@ def _expect_oversubscription(environ: dict[str, str]) -> bool:
 
 def _local_size(environ: dict[str, str]) -> int | None:
     """Return how many ranks the launcher started on this node, None where it does not say."""
-    sizes = [environ[name] for name in LOCAL_SIZE_VARIABLES if environ.get(name, "").isdigit()]
-    if not sizes and "SLURM_STEP_ID" in environ and "PMI_SIZE" not in environ:
-        sizes = [environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0].split(",")[0]]
-    return int(sizes[0]) if sizes and sizes[0].isdigit() else None
+    for name in LOCAL_SIZE_VARIABLES:
+        if environ.get(name, "").isdigit():
+            return int(environ[name])
+    # srun, unless the step holds another launcher's daemons and not the ranks
+    if "SLURM_STEP_ID" in environ and environ.get("PMI_SIZE") in (None, environ.get("SLURM_STEP_NUM_TASKS")):
+        counts = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        node = int(environ["SLURM_NODEID"]) if environ.get("SLURM_NODEID", "").isdigit() else 0
+        return counts[node] if node < len(counts) else None
+    return None
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Return the tasks of each node from SLURM's short form: "3(x2),1" is 3, 3 and 1; nothing for any other. Local."""
+    counts = []
+    for word in text.split(","):
+        count, _, times = word.partition("(x")
+        times = times.removesuffix(")") or "1"
+        if not (count.isdigit() and times.isdigit()):
+            return []
+        counts += int(times) * [int(count)]
+    return counts
 
 
 def _fit_node_memory(ranks: int) -> None:

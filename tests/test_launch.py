@@ -228,3 +228,9 @@ def test_open_mpis_launcher_with_another_library_is_one_sentence(run_ranks):
                                                                 "OMPI_COMM_WORLD_RANK": "0"})
     assert result.returncode == 78 and "The launcher started 2 ranks" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text, counts", [("2(x3)", [2, 2, 2]), ("3(x2),1", [3, 3, 1]), ("4", [4]), ("", []),
+                                          ("2(x3", [2, 2, 2]), ("two", []), ("2(xx)", [])])
+def test_slurms_short_form_of_tasks_per_node(text, counts):
+    assert launch.tasks_per_node(text) == counts

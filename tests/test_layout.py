@@ -26,8 +26,8 @@ INSIDE = {
     "sync": "buckets control strategy narrow overlap sync step planned local ledger storage tasks server",
     "run": "run faults signals signs lateness beacon watchdog sealed state_file writer checkpoint directory "
            "coordinator options session parts account roc evaluation judge record curves trace timeline "
-           "io_rates",
-    "programs": "programs prepare train evaluate predict inspect report bench",
+           "io_rates facts speeds checkup",
+    "programs": "programs prepare train evaluate predict inspect report bench doctor",
 }
 # config stands beside the row: it imports errors only, and programs and cli alone import it.
 CONFIG_USERS = ("programs", "cli", "config")

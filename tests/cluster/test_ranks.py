@@ -177,3 +177,15 @@ def test_the_readmes_command_over_ssh_works_as_it_stands(run_hosts, hpcmlp, tmp_
         pytest.skip("the launcher is not MPICH's, whose options the README shows")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 on 2 nodes" in done.stdout and summary(tmp_path / "runs/hosts")["epochs"] == 20
+
+
+def test_the_doctor_names_the_slow_link(run_hosts, tmp_path):
+    """Three hosts, one of them behind a tenth of the others' rate, in and out."""
+    shape = "root tbf rate 20mbit burst 128kb latency 200ms"
+    script = f"tc qdisc replace dev v3 {shape}; on n3 tc qdisc replace dev eth0 {shape}; exec \"$@\""
+    done = run_hosts("1,1,1", "bash", "-c", script, "bash", "{mpiexec}", "{python}", "-m", "hpcmlp", "doctor", "--json",
+                     "--dir", tmp_path, rate="500mbit")
+    checks = {check["name"]: check for check in json.loads(done.stdout.splitlines()[-1])["checks"]}
+    assert done.returncode == 78 and not checks["links"]["ok"], done.stdout + done.stderr
+    assert "n3" in checks["links"]["found"] and "n1 -> n2" not in checks["links"]["found"]
+    assert "on 3 nodes" in checks["launcher"]["found"]

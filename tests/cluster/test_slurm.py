@@ -211,6 +211,16 @@ def test_a_wrong_type_of_srun_is_one_sentence_and_no_run(slurm):
     assert not (slurm.folder / "runs/wrong").exists()
 
 
+def test_the_doctor_says_so_too(slurm):
+    said = slurm.run("srun", *TWO_BY_TWO, "--mpi=none", sys.executable, "-m", "hpcmlp", "doctor", code=78)
+    assert said.count("FAULT  launcher") == 1 and "`srun --mpi=list` shows them" in said
+    said = json.loads(slurm.run("srun", *TWO_BY_TWO, "--mpi=pmi2", sys.executable, "-m", "hpcmlp", "doctor", "--json",
+                                code=78))
+    faults = {check["name"]: check["found"] for check in said["checks"] if not check["ok"]}
+    assert "2 ranks on 1 core" in faults.pop("cores")       # true of these hosts
+    assert not set(faults) - {"speed", "links"}
+
+
 def test_an_array_trains_with_one_line_each(slurm):
     (slurm.folder / "settings.txt").write_text("--lr 0.01\n--lr 0.02\n--lr 0.03 --hidden 4\n")
     job = slurm.submit("tune-array.sh", options=(*ONE, "--array=1-3%2", "--ntasks-per-node=1"), OPTIONS=SHORT)

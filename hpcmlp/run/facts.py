@@ -1,0 +1,146 @@
+"""What this rank sees of its launcher, libraries, cores, memory, GPUs and file system: the facts that doctor compares.
+
+Plain values only, so that facts travel between ranks as text. Nothing here judges; `run.checkup` does.
+"""
+
+import ctypes
+import fcntl
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from hpcmlp import launch, node_memory
+from hpcmlp.run.coordinator import versions
+
+MPI_LIBRARY = re.compile(r"/libmpi(?:_abi|ch)?\.so[.\d]*$")
+MPI_WORDS = ("mpi", "mpt", "hpcx")      # in names of modules: openmpi, mpich, cray-mpich, impi, mvapich2, intelmpi
+MPI_ROOTS = ("MPI_HOME", "I_MPI_ROOT", "MPICH_DIR", "OMPI_HOME", "MPI_ROOT", "EBROOTOPENMPI", "OPENMPI_ROOT")
+# Settings that ask an MPI library for messages straight from GPU memory.
+DEVICE_MESSAGE_SETTINGS = {"MPICH_GPU_SUPPORT_ENABLED": "1", "MV2_USE_CUDA": "1", "I_MPI_OFFLOAD": "1",
+                           "MPIR_CVAR_ENABLE_GPU": "1", "OMPI_MCA_opal_cuda_support": "1"}
+LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_")
+PROBE_S = 60
+
+# Run in children, because a claim that is false ends in a crash.
+GPU_PROBE = """
+import json
+import cupy
+count = cupy.cuda.runtime.getDeviceCount()
+ids = [cupy.cuda.runtime.getDeviceProperties(k)["uuid"] for k in range(count)]
+print(json.dumps([i.hex() if isinstance(i, bytes) else str(i) for i in ids]))
+"""
+DEVICE_MESSAGE_PROBE = """
+import cupy
+from mpi4py import MPI
+a, b = cupy.arange(4096, dtype="f4"), cupy.zeros(4096, dtype="f4")
+cupy.cuda.runtime.deviceSynchronize()
+MPI.COMM_SELF.Sendrecv(a, 0, 0, b, 0, 0)
+cupy.cuda.runtime.deviceSynchronize()
+assert a.get().tobytes() == b.get().tobytes(), "other numbers arrive"
+"""
+
+
+def local_facts(directory: str) -> dict[str, Any]:
+    """Return what can be seen without the other ranks; `directory` is tried for file locks.
+
+    Local, but for children of one process each where there may be GPUs.
+    """
+    expected, variable = launch.launcher_size(os.environ)
+    gpu = gpu_facts()
+    return {"host": os.uname().nodename, "expected": expected, "variable": variable, "launcher_rank":
+            launch.launcher_rank(), "mpi_paths": mapped_mpi(), "prefix": sys.prefix,
+            "mpi_modules": mpi_modules(dict(os.environ)), "versions": versions(),
+            "cores": sorted(os.sched_getaffinity(0)), "node_cores": os.cpu_count() or 1, "quota": launch.cpu_quota(),
+            "cores_granted": _number(os.environ.get("SLURM_CPUS_PER_TASK")) if "SLURM_STEP_ID" in os.environ else None,
+            "threads": next((_number(os.environ[n]) for n in launch.BLAS_VARIABLES if n in os.environ), None),
+            "shm_bytes": node_memory.free_bytes(), "lock_error": lock_error(directory),
+            "locks_wanted": os.environ.get("HDF5_USE_FILE_LOCKING", "").upper() not in ("FALSE", "0"), "gpu": gpu,
+            **device_message_facts(gpu["cupy"] and not gpu["error"])}
+
+
+def _number(text: str | None) -> int | None:
+    first = (text or "").split(",")[0].strip()
+    return int(first) if first.isdigit() else None
+
+
+def mapped_mpi() -> list[str]:
+    """Return the files of the MPI libraries that this process has loaded. Local."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            paths = {line.split(maxsplit=5)[5].strip() for line in file if ".so" in line and line.count(" ") > 5}
+    except OSError:
+        return []
+    return sorted({os.path.realpath(path) for path in paths if MPI_LIBRARY.search(path)})
+
+
+def mpi_modules(environ: dict[str, str]) -> list[str]:
+    """Return what says that the site's MPI is loaded: names of modules, else variables. Local."""
+    words = environ.get("LOADEDMODULES", "").split(":")
+    found = [word for word in words if any(part in word.lower() for part in MPI_WORDS)]
+    return found or [name for name in MPI_ROOTS if environ.get(name)]
+
+
+def lock_error(directory: str) -> str:
+    """Return why a file in `directory` cannot be locked, an empty text where it can. Local."""
+    try:
+        with tempfile.TemporaryFile(dir=directory, prefix=".hpcmlp-doctor-") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return f"{error.strerror or error}"
+    return ""
+
+
+def gpu_facts() -> dict[str, Any]:
+    """Return the GPUs of this node that are installed, granted and visible to this rank.
+
+    Local. `ids` are the visible ones' UUIDs in CuPy's order, asked of CuPy in a child process.
+    """
+    try:
+        installed = len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])
+    except OSError:
+        installed = 0
+    granted = _number(os.environ.get("SLURM_GPUS_ON_NODE")) or 0
+    facts = {"installed": installed, "granted": granted, "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+             "cupy": importlib.util.find_spec("cupy") is not None, "ids": [], "error": ""}
+    if facts["cupy"] and (installed or granted or facts["visible"] is not None):
+        code, said = run_child(GPU_PROBE)
+        if code == 0:
+            facts["ids"] = json.loads(said.splitlines()[-1])
+        else:
+            facts["error"] = last_line(said)
+    return facts
+
+
+def device_message_facts(can_probe: bool) -> dict[str, Any]:
+    """Return who claims that MPI sends from GPU memory, and what a child process found when it tried. Local."""
+    claims = [f"{name}={value}" for name, value in DEVICE_MESSAGE_SETTINGS.items() if os.environ.get(name) == value]
+    for path in mapped_mpi():
+        query = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None)
+        if query is not None and query() == 1:
+            claims.append("MPIX_Query_cuda_support")
+    facts: dict[str, Any] = {"device_claims": claims, "device_probe": None}
+    if claims and can_probe:
+        code, said = run_child(DEVICE_MESSAGE_PROBE)
+        facts["device_probe"] = "" if code == 0 else f"it ends with {code}: {last_line(said)}"
+    return facts
+
+
+def run_child(code: str) -> tuple[int, str]:
+    """Run Python code in a process without this one's launcher; return its exit code and output. Local."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
+    try:
+        done = subprocess.run([sys.executable, "-c", code], env=environ, stdin=subprocess.DEVNULL, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PROBE_S, errors="replace")
+    except subprocess.TimeoutExpired:
+        return 124, f"no answer in {PROBE_S} s"
+    return done.returncode, done.stdout
+
+
+def last_line(text: str) -> str:
+    """Return the last line that says something. Local."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no word")
