@@ -51,8 +51,9 @@ echo "$(date '+%F %T') ranks ended with $code; restarts so far: ${SLURM_RESTART_
 
 # The run's own record decides, not the launcher: Open MPI's mpirun returns 0 for a job whose node was taken away.
 if [ "$code" = 0 ] && [ ! -e "$RUN/summary.json" ]; then code=75; fi
-# Ranks were killed, by SLURM or by a fault: go on where that helps, but not for ever from the same place.
-case $code in 137 | 138 | 143)
+# Not one of hpcmlp's own codes: ranks were killed, by SLURM, with their node or by a fault, and srun or mpirun made the
+# code. Go on where that helps, but not for ever from the same place.
+case $code in 0 | 2 | 65 | 66 | 69 | 70 | 73 | 75 | 78 | 130 | 141) ;; *)
     if [ "$(newest)" != "$before" ] || [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then code=75; fi ;;
 esac
 if [ "$code" = 75 ] && [ "$terminated" = 0 ]; then
