@@ -205,6 +205,21 @@ def test_a_rank_is_ready_after_few_calls_to_the_installation(run_ranks, tmp_path
     assert calls <= MAX_CALLS, f"{calls} calls by rank 1, most of them in {groups.most_common(40)}"
 
 
+def test_a_run_writes_nothing_into_the_home_directory(run_ranks, tmp_path):
+    import numpy as np
+    home = tmp_path / "home"
+    home.mkdir()
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "t.npz", x=rng.standard_normal((200, 4)).astype(np.float32), y=rng.integers(0, 2, 200))
+    unset = dict.fromkeys(("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"))
+    for ranks, words in ((0, ("prepare", "t.npz", "--out", "data")),
+                         (2, ("train", "--data", "data", "--out", "run", "--hidden", "8", "--epochs", "2")),
+                         (2, ("evaluate", "run")), (0, ("report", "run"))):
+        done = run_ranks(ranks, "-m", "hpcmlp", *words, cwd=tmp_path, env={"HOME": str(home), **unset})
+        assert done.returncode == 0, done.stderr
+        assert not list(home.rglob("*")), f"{words[0]} has written {list(home.rglob('*'))}"
+
+
 def count_calls(path):
     """Count the calls that name a file of Python, of its packages or of ours, by the file's folder."""
     prefixes = tuple({str(Path(p).resolve()) + "/" for p in (sys.prefix, sys.base_prefix, REPOSITORY / "hpcmlp")}

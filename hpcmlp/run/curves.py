@@ -7,6 +7,7 @@ window system, no state that outlives the call.
 import io
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,27 @@ MAIN_METRICS = ("accuracy", "label_accuracy", "rmse")  # the first one that a ru
 _LARGEST = 1e100
 TIME_PARTS = ("compute", "comm", "input")
 MISSING = "learning curves are not drawn: this needs matplotlib (pip install 'hpcmlp[plot]')."
+
+
+def figure_classes() -> tuple[Any, Any]:
+    """Return matplotlib's figure and its PNG canvas; ImportError where it is not installed.
+
+    Local. Its list of fonts is kept with the temporary files of this user, not in the home directory, where thousands
+    of jobs would meet; MPLCONFIGDIR wins.
+    """
+    if "MPLCONFIGDIR" not in os.environ:
+        folder = os.path.join(tempfile.gettempdir(), f"hpcmlp-{os.getuid()}-fonts")
+        try:
+            os.mkdir(folder, 0o700)
+        except OSError:     # most often it is there already
+            pass
+        status = os.lstat(folder) if os.path.isdir(folder) else None
+        if status is None or status.st_uid != os.getuid():
+            folder = tempfile.mkdtemp(prefix="hpcmlp-fonts-")
+        os.environ["MPLCONFIGDIR"] = folder
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    return Figure, FigureCanvasAgg
 
 
 def read_records(run: str | os.PathLike) -> list[dict[str, Any]]:
@@ -54,8 +76,7 @@ def draw_curves(runs: Sequence[str | os.PathLike], out: str | os.PathLike) -> st
     CannotWrite : `out` cannot be written.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        Figure, FigureCanvasAgg = figure_classes()
     except ImportError:
         return MISSING
     figure = Figure(figsize=(11, 7))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hpcmlp.data.files import write_atomically
 from hpcmlp.errors import DataError, InputMissing
+from hpcmlp.run.curves import figure_classes
 
 KINDS = ("input", "forward", "backward", "check", "reduce", "wait", "update", "share", "validation", "other", "behind")
 # How an event's name begins: its kind. "other" is what a step spends outside all of them.
@@ -128,8 +129,7 @@ def draw(ranks: list[RankSpans], out: str | os.PathLike) -> str | None:
     DRAWN_RANKS ranks the first are drawn. Raises CannotWrite.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        Figure, FigureCanvasAgg = figure_classes()
     except ImportError:
         return MISSING
     drawn = ranks[:DRAWN_RANKS]
