@@ -31,9 +31,12 @@ done
 copy "$site" "${names[@]}"
 copy "$(dirname "$package")" hpcmlp
 # an MPI wheel's libraries, launcher and settings, where the environment has one
-tar -C "$HPCMLP_ENV" -cf - --exclude='lib/python*' --exclude='bin/python*' --exclude='bin/activate*' \
-    --exclude='bin/Activate*' --exclude='*.a' --exclude='share/man' --exclude='share/doc' bin lib \
-    "$([ -d "$HPCMLP_ENV/share" ] && echo share || echo bin)" | tar -C "$work/environment" -xf -
+(
+    cd "$HPCMLP_ENV"
+    { find lib share bin/mpi* bin/hydra* bin/prte* bin/ompi* bin/pmix* \( -path 'lib/python*' -o -path 'share/man*' -o \
+        -path 'share/doc*' -o -name '*.a' -o -name '*_abi*' \) -prune -o \( -type f -o -type l \) -print0 2>/dev/null || :; } |
+        tar --null -T - -cf -
+) | tar -C "$work/environment" -xf -
 "$work/environment/bin/python" -m compileall -q "$own" || :
 tar -C "$work" -cf "$BUNDLE.part" environment
 mv "$BUNDLE.part" "$BUNDLE"
