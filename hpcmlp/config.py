@@ -187,6 +187,9 @@ class TrainConfig:
                                         "larger sets are streamed", metavar="MIB")
     replica_check_every: int = option(100, low=0, help="steps between checks that all ranks hold the same parameters; "
                                       "0: never", metavar="STEPS")
+    on_nonfinite: str = option("skip", choices=("skip", "stop", "rollback"), help="what to do when a loss or gradient "
+                               "is not finite on any rank: skip that update (10 in a row end the run), stop, or go "
+                               "back to the last good checkpoint with half the learning rate (at most 8 times)")
     verify: bool = option(True, help="verify the shards' checksums when they are opened")
     time_limit: float | None = option(None, kind=float, above=0.0, help="stop, save and exit 75 before so many minutes "
                                       "have passed", metavar="MINUTES")

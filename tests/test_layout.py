@@ -25,7 +25,7 @@ INSIDE = {
             "sources targets preprocess cleaning selection summary shards describe samples resident streamed loader",
     "sync": "buckets control strategy narrow overlap sync step planned local ledger storage tasks server",
     "run": "run faults signals signs lateness beacon watchdog sealed state_file writer checkpoint directory "
-           "coordinator options session parts account roc evaluation judge record curves trace timeline "
+           "coordinator options session numbers parts account roc evaluation judge record curves trace timeline "
            "io_rates facts speeds checkup",
     "programs": "programs prepare train evaluate predict inspect report bench doctor",
 }

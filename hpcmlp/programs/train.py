@@ -13,20 +13,20 @@ from hpcmlp.comm import messages
 from hpcmlp.comm.agreement import agreed, alike
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import TrainConfig, to_toml
-from hpcmlp.errors import ConfigError, HpcmlpError, RunFailed, StoppedAndSaved
+from hpcmlp.errors import ConfigError, HpcmlpError, StoppedAndSaved
 from hpcmlp.launch import end_all
 from hpcmlp.run.account import Account
 from hpcmlp.run.coordinator import Console, check_alike, header, open_dataset, replica_error, versions
 from hpcmlp.run.judge import Judge
+from hpcmlp.run.numbers import MOST_SKIPS, ROLLBACK_FACTOR, judge, why_not_good
 from hpcmlp.run.options import FREE_ON_RESUME, check_fits
 from hpcmlp.run.parts import Parts
 from hpcmlp.run.record import checkpoint_meta, header_rows, options, summary
-from hpcmlp.run.signals import StopFlag
+from hpcmlp.run.signals import StopFlag, slurm_seconds_left
 from hpcmlp.run.watchdog import END, INPUT, SAVE, STEP, VALIDATION, Watchdog, watch_limit
 from hpcmlp.sync.control import ControlWords
 from hpcmlp.sync.step import StepResult
 
-MOST_SKIPS = 10  # consecutive updates skipped for numbers that are not finite
 FIRST_SAVE_S, FIRST_SAVE_RATE = 0.2, 100e6  # what a save is thought to take before one was measured: s, bytes/s
 LEAD_MARGIN_S = 0.5
 
@@ -83,15 +83,23 @@ class Training:
         """Run from the start or the newest checkpoint to the end; return the exit code 0."""
         self._open(self._restore() if self.config.resume else False)
         # Rank 0's clock alone counts; the control words tell the others.
-        timed = self.config.time_limit is not None and self.parts.topology.rank == 0
-        limit = 60.0 * self.config.time_limit if timed else None
-        with StopFlag(limit) as flag:
+        limit, whose = self._time_limit() if self.parts.topology.rank == 0 else (None, "")
+        with StopFlag(limit, whose) as flag:
             try:
                 self._loop(flag)
             finally:
                 self.console.close()
         self._finish()
         return 0
+
+    def _time_limit(self) -> tuple[float | None, str]:
+        """Return the seconds that are left, and of what: of --time-limit or of the SLURM job, whichever is shorter."""
+        own = None if self.config.time_limit is None else 60.0 * self.config.time_limit
+        job = slurm_seconds_left(os.environ)
+        if job is None or (own is not None and own <= job):
+            return own, "" if own is None else f"the time limit of {self.config.time_limit:g} minutes"
+        self.console.line(f"the job ends in {job / 60:.0f} minutes: the run stops and saves before")
+        return job, "the end of the SLURM job"
 
     def _restore(self) -> bool:
         p = self.parts
@@ -129,12 +137,14 @@ class Training:
             self.console.line(f"overlap has nothing to act on: {why}")
         if restored:
             self.console.line(f"resumed at step {step} of {p.total_steps}")
+        elif self.config.on_nonfinite == "rollback":
+            self._save()  # something to go back to
 
     # ---- the steps
 
     def _loop(self, flag: StopFlag) -> None:
         """The steps of the run, each as the design's section 3 has it."""
-        c, p, progress, skips = self.config, self.parts, self.session.progress, 0
+        c, p, skips = self.config, self.parts, 0
         log = check = False
         mark = self.watch.mark
         fault = None
@@ -146,7 +156,8 @@ class Training:
         if p.apart is not None:
             self._loop_apart(flag, fault)
             return
-        for number in range(progress.step, p.total_steps):
+        every = c.checkpoint_every or p.steps_per_epoch
+        while (number := self.session.progress.step) < p.total_steps:
             if self.trace is not None and self.trace.begin_step(number):
                 self._write_trace()
             begin = time.perf_counter()
@@ -159,8 +170,10 @@ class Training:
                 raise ConfigError("HPCMLP_FAULT act=leave is for workers of --sync server with --staleness above 0.")
             # What is due within a round of local steps waits for its end.
             log |= (number + 1) % c.log_every == 0
-            check |= c.replica_check_every > 0 and number % c.replica_check_every == 0
-            result = self.step.run(batch, number, p.schedule.lr(number), stop=self._wants_stop(flag),
+            # What is saved has been compared.
+            check |= c.replica_check_every > 0 and (number % c.replica_check_every == 0 or (number + 1) % every == 0)
+            lr = p.schedule.lr(number) * self.session.progress.lr_factor
+            result = self.step.run(batch, number, lr, stop=self._wants_stop(flag),
                                    check=check, want_norm=log)
             if not result.replicas_agree:
                 raise replica_error(p.comm, self.step.checksum(), number)
@@ -169,18 +182,18 @@ class Training:
                 continue
             log = check = False
             skips = skips + 1 if result.skipped else 0
-            if self._after_step(skips, result.stop, flag):
+            if self._after_step(result, skips, flag):
                 break
         self._write_trace()
 
-    def _after_step(self, skips: int, stop: bool, flag: StopFlag) -> bool:
+    def _after_step(self, result: Any, skips: int, flag: StopFlag) -> bool:
         """Do what is due after the step just counted: end of epoch, save, stop; return whether the run ends early."""
-        c, p, done = self.config, self.parts, self.session.progress.step
+        c, p, done, stop = self.config, self.parts, self.session.progress.step, result.stop
         final = done == p.total_steps
-        if skips >= (min(MOST_SKIPS, -(-p.steps_per_epoch // c.local_steps)) if final else MOST_SKIPS):
-            raise alike(RunFailed(f"{skips} {'rounds' if p.local else 'steps'} in a row, the last at step {done}, "
-                                  "had a loss or gradient that is not finite; lower --lr, add --warmup-steps or "
-                                  "--clip-norm, or check the data."))
+        most = min(MOST_SKIPS, -(-p.steps_per_epoch // c.local_steps)) if final else MOST_SKIPS
+        if judge(c.on_nonfinite, result, skips, most, done, "rounds" if p.local else "steps", self.session.progress):
+            self._roll_back(done)
+            return False
         ended = self._end_epoch(done // p.steps_per_epoch - 1) if done % p.steps_per_epoch == 0 else False
         last = ended or final
         if last or stop or done % (c.checkpoint_every or p.steps_per_epoch) == 0:
@@ -193,6 +206,25 @@ class Training:
             raise alike(StoppedAndSaved(f"stopped by {reason} after step {done} of {p.total_steps}; all is saved "
                                         f"in {c.out}: run the same command with --resume to go on."))
         return ended
+
+    def _roll_back(self, done: int) -> None:
+        """Go back to the newest saved state whose numbers are finite, with a lower learning rate. Collective."""
+        c, before = self.config, self.session.progress
+        self._finish_save()
+        found, notes = self.session.restore(c.out, lambda meta: None, why_not_good)
+        assert found, "a state is saved before the first step"
+        progress = self.session.progress
+        progress.rollbacks, progress.lr_factor = before.rollbacks + 1, before.lr_factor * ROLLBACK_FACTOR
+        progress.seconds, progress.spikes = before.seconds, before.spikes
+        with agreed(self.parts.comm):
+            if self.directory is not None:
+                self.directory.open_log(progress.step)
+                self._log({"kind": "event", "event": "rollback", "step": progress.step, "from_step": done,
+                           "lr_factor": progress.lr_factor, "reason": "loss or gradient not finite"})
+        for text in (*notes, f"step {done} is not finite; back to step {progress.step} with "
+                     f"{progress.lr_factor:g} of the learning rate"):
+            self.console.line(f"warning: {text}")
+        self._save()  # so that it goes on from here, with this rate, whatever comes
 
     def _end_epoch(self, epoch: int) -> bool:
         """Validate, print and log the epoch; return whether early stopping ends the run."""
@@ -212,6 +244,8 @@ class Training:
 
     def _wants_stop(self, flag: StopFlag) -> bool:
         """Whether this rank asks all to stop: told to, out of time, or (rank 0) because a save has failed."""
+        if self.directory is not None and flag.reason is None and self.directory.stop_asked():
+            flag.reason = f"the file {os.path.join(self.config.out, 'stop')}"
         return flag.poll(self._lead_s()) or (self.writer is not None and self.writer.failed)
 
     def _lead_s(self) -> float:
@@ -289,7 +323,7 @@ class Training:
             p.strategy.share()
             self._check_replicas()
             skips = came.skips + (skips if came.skips == came.version - start else 0)
-            if self._after_step(skips, came.stop, flag):
+            if self._after_step(StepResult(stop=came.stop), skips, flag):
                 break
 
     def _check_replicas(self) -> None:

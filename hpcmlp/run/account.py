@@ -9,6 +9,7 @@ import numpy as np
 
 from hpcmlp.comm.messages import all_gather_bytes
 from hpcmlp.run.coordinator import Console, epoch_line
+from hpcmlp.run.numbers import is_spike
 from hpcmlp.run.parts import Parts
 from hpcmlp.sync.step import StepResult, hidden_share
 
@@ -86,12 +87,17 @@ class Account:
         else:
             progress.loss_sum += result.loss * result.weight
             progress.weight_sum += result.weight
+            spike = is_spike(progress, result.loss)
+            if spike is not None:
+                self._log({"kind": "event", "event": "loss spike", "step": number + 1, "loss": result.loss,
+                           "mean": spike[0], "spread": spike[1], "epoch": epoch,
+                           "batch": number % p.steps_per_epoch})
         if result.round is not None and (result.round.lost_steps or result.round.left_out):
             self._log({"kind": "event", "event": "left out", "step": number + 1, "ranks": result.round.left_out,
                        "rank_steps": result.round.lost_steps, "reason": "loss, gradient or state not finite"})
         if log:
             self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": result.loss,
-                       "lr": p.schedule.lr(number), "grad_norm": result.grad_norm,
+                       "lr": p.schedule.lr(number) * progress.lr_factor, "grad_norm": result.grad_norm,
                        "samples_per_s": result.rows / result.steps / mean["step"], "compute_s": mean["compute"],
                        "comm_s": mean["comm"], "hidden": result.hidden, "input_s": mean["input"],
                        **({"round": {"steps": result.steps, **asdict(result.round)}} if p.local else {})})

@@ -188,8 +188,17 @@ def set_aside(run_dir: str | os.PathLike, after: "Path | None") -> list[str]:
 
 
 def remove_leftovers(run_dir: str | os.PathLike) -> None:
-    """Remove unfinished checkpoints of a killed run. Local; only the owner of the run's lock may call it."""
+    """Remove unfinished checkpoints of a killed run, and make certain what it has left of finished ones.
+
+    Local; only the owner of the run's lock may call it. Raises CannotWrite.
+    """
     parent = _path(run_dir) / "checkpoints"
+    if not parent.is_dir():
+        return
+    try:
+        sync_directory(parent)  # one that was renamed and not yet acknowledged is gone on from
+    except OSError as error:
+        raise CannotWrite(f"{parent}: cannot sync this directory ({error.strerror}).") from None
     for path in parent.glob(".step-*"):
         if _TEMPORARY.fullmatch(path.name) or path.name.endswith(".old"):
             discard_directory(path)

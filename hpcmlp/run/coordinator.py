@@ -60,10 +60,17 @@ def replica_error(comm: Any, checksum: int, step: int) -> RunFailed:
     """Return the error that names the rank whose parameters drifted. Collective over `comm`."""
     own = np.array([checksum], dtype=np.int64)
     all_sums = [int(np.frombuffer(b, np.int64)[0]) for b in messages.all_gather_bytes(comm, own.tobytes())]
-    common = max(set(all_sums), key=all_sums.count)
-    odd = [str(rank) for rank, value in enumerate(all_sums) if value != common]
-    error = RunFailed(f"replicas drifted: at step {step} the parameters of rank {', '.join(odd)} differ from the "
-                      "others'; suspect that rank's memory, and go on from the last checkpoint with --resume.")
+    groups: dict[int, list[str]] = {}
+    for rank, value in enumerate(all_sums):
+        groups.setdefault(value, []).append(str(rank))
+    largest = max(groups.values(), key=len)
+    odd = [str(rank) for rank in range(comm.size) if str(rank) not in largest]
+    if 2 * len(largest) > comm.size:
+        what = f"the parameters of rank {', '.join(odd)} differ from the others'; suspect that rank's memory"
+    else:  # no majority says who is right
+        what = (f"ranks {' and '.join(', '.join(group) for group in groups.values())} hold different parameters; "
+                "suspect the memory of one of them")
+    error = RunFailed(f"replicas drifted: at step {step} {what}, and go on from the last checkpoint with --resume.")
     error.agreed = True
     return error
 

@@ -14,6 +14,7 @@ from hpcmlp.run.state_file import finite
 _STALE_S = 300.0
 _BEAT_S = 20.0
 _TAKEOVER_S = 30.0
+_LOOK_S = 1.0
 
 
 def to_json(value: Any) -> str:
@@ -39,6 +40,7 @@ class RunDirectory:
         self._made = not self.path.exists()
         self._claim()
         self._log = None
+        self._looked = 0.0
         try:
             if not resume and (checkpoint.list_checkpoints(self.path) or (self.path / "summary.json").exists()):
                 raise CannotWrite(f"{self.path}: holds a run already; give --resume to go on with it, or another "
@@ -137,6 +139,17 @@ class RunDirectory:
             except OSError:
                 pass  # somebody removed it; the run itself is not in danger
 
+    def stop_asked(self) -> bool:
+        """Return whether somebody has made the file `stop` here, and remove it; looks at most once a second. Local."""
+        if time.monotonic() - self._looked < _LOOK_S:
+            return False
+        self._looked = time.monotonic()
+        try:
+            os.unlink(self.path / "stop")
+        except OSError:
+            return False
+        return True
+
     def open_log(self, restored_step: int | None) -> None:
         """Open metrics.jsonl for appending; lines past `restored_step` are dropped (all lines when it is None). Local.
         """
@@ -146,6 +159,8 @@ class RunDirectory:
             kept = b"".join(line for line in path.read_bytes().splitlines(keepends=True)
                             if line.endswith(b"\n") and _step_of(line) <= restored_step)
         write_atomically(path, kept)
+        if self._log is not None:
+            self._log.close()
         self._log = open(path, "ab", buffering=0)
 
     def log(self, record: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 `rank` and `step` select where; without them every rank, every step. `act` is one of: kill, stop (SIGSTOP), spin (for
 ever), hold (hours of C code that keeps the interpreter), sleep:SECONDS, signal:NAME (such as SIGUSR1, to this rank
-alone), raise, exit:CODE, flip (one bit of the parameters), leave (a worker out of step says good-bye). Unset, it costs
-one `is None` a step.
+alone), raise, exit:CODE, flip (one bit of the parameters), nan (a parameter), scale:FACTOR (all
+parameters), leave (a worker out of step says good-bye). With a step it is done once. Unset, it costs one `is None` a
+step.
 """
 
 import os
@@ -20,11 +21,13 @@ class Fault:
     def __init__(self, step: int | None, act: str):
         self.step = step
         self.act, _, self.argument = act.partition(":")
+        self._struck = False
 
     def strike(self, step: int, params: Any) -> bool:
         """Do the fault when its step has come; return whether this rank shall leave the run. Local."""
-        if self.step is not None and step != self.step:
-            return False
+        if self.step is not None and (step != self.step or self._struck):
+            return False  # once, also where a run goes back and takes the step again
+        self._struck = True
         if self.act in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if self.act == "kill" else signal.SIGSTOP)
         elif self.act == "signal":
@@ -37,6 +40,10 @@ class Fault:
             os._exit(int(self.argument))
         elif self.act == "flip":
             params.view("uint32")[0] ^= 1
+        elif self.act == "scale":
+            params *= float(self.argument)
+        elif self.act == "nan":
+            params[0] = float("nan")
         elif self.act == "hold":
             sum(range(10**12))
         elif self.act == "spin":
@@ -45,7 +52,7 @@ class Fault:
         return self.act == "leave"
 
 
-ACTS = ("kill", "stop", "spin", "hold", "leave", "signal", "sleep", "raise", "exit", "flip")
+ACTS = ("kill", "stop", "spin", "hold", "leave", "signal", "sleep", "raise", "exit", "flip", "nan", "scale")
 
 
 def planned_fault(rank: int) -> Fault | None:

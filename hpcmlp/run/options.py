@@ -17,7 +17,7 @@ FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", 
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
                   "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "watchdog", "trace",
                   "trace_steps",
-                  "servers", "staleness", "staleness_lr", "worker_timeout"}
+                  "servers", "staleness", "staleness_lr", "worker_timeout", "on_nonfinite"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 
 
@@ -39,6 +39,9 @@ def check_fits(config: Any, manifest: Manifest, size: int) -> None:
     if config.overlap and odd:
         raise ConfigError(f"--overlap has no effect with {odd[0]}, which sends nothing while it computes; leave one "
                           "out.")
+    if config.on_nonfinite != "skip" and config.staleness not in (None, "0"):
+        raise ConfigError(f"--on-nonfinite {config.on_nonfinite} needs ranks in step; with --staleness above 0 such "
+                          "gradients are skipped.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
     for name in ("outer_lr", "outer_momentum"):

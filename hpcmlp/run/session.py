@@ -18,7 +18,9 @@ class Progress:
     """Where a run stands; the same on all ranks.
 
     `step` counts finished steps. `loss_sum` and `weight_sum` are those of the running epoch. `best_value` is the
-    monitored metric of the best state, `worse` the validations since then, `skipped` the steps without update.
+    monitored metric of the best state, `worse` the validations since then, `skipped` the steps without update,
+    `rollbacks` how often it went back to a saved state, with `lr_factor` on its learning rates since; `spikes` the
+    losses that jumped, judged by the running means of `losses_seen` losses and of their squares.
     """
 
     step: int = 0
@@ -30,6 +32,12 @@ class Progress:
     worse: int = 0
     skipped: int = 0
     seconds: float = 0.0
+    rollbacks: int = 0
+    lr_factor: float = 1.0
+    spikes: int = 0
+    loss_mean: float = 0.0
+    loss_square: float = 0.0
+    losses_seen: int = 0
 
 
 class Session:
@@ -202,6 +210,8 @@ class Session:
             array[...] = strategy.owned(self._give_out(state, name))
         if values["has_best"]:
             self.keep_best(self._give_out(state, "best"))
+        else:
+            self.best = None
         self._exchange.take_up({name: self._give_out(state, f"sync/{name}") for name in values.get("carried", ())})
         return True, notes
 

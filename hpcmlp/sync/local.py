@@ -194,6 +194,7 @@ class LocalStep(Step):
         result = StepResult(steps=self._steps, rows=words.rows, weight=words.weight, stop=words.stop,
                             loss=words.loss / words.weight if words.weight else 0.0,
                             replicas_agree=words.replicas_agree, skipped=words.weight == 0.0,
+                            not_finite=words.not_finite + words.left_out,
                             round=RoundResult(words.not_finite, words.left_out))
         if not result.replicas_agree:
             return result
@@ -328,6 +329,7 @@ class LocalStep(Step):
 
     def take_up(self, carried: dict[str, np.ndarray]) -> None:
         """Begin a round where this rank's parameters are, the same on all ranks, and with `carried`. Local."""
+        self._trained, self._settled = 0.0, True
         self.outer.params[...] = self.strategy.params
         self.outer.take_up(carried)
         self.strategy.params[...] = self.outer.params

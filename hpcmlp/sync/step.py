@@ -12,6 +12,7 @@ from hpcmlp.sync.control import ControlWords
 class StepResult:
     """What one step tells: sums over all ranks, and this rank's seconds.
 
+    `not_finite` counts ranks with a loss or gradient that is not finite (in a round: their steps, and ranks left out).
     `loss` is the weighted mean over the global batch; `grad_norm` is None unless it was asked for or needed. `steps`
     says over how many steps the sums go, and `round` (`sync.local.RoundResult`) what was learned from those between
     two meetings: 1 and None but for local steps. `comm_s` is the time in which the computing thread worked on or waited
@@ -24,6 +25,7 @@ class StepResult:
     loss: float = 0.0
     grad_norm: float | None = None
     skipped: bool = False
+    not_finite: int = 0
     stop: bool = False
     replicas_agree: bool = True
     compute_s: float = 0.0
@@ -95,7 +97,7 @@ class Step:
         self.strategy.reduce(words.array)
         reduced = perf_counter()
         result = StepResult(rows=words.rows, weight=words.weight, stop=words.stop,
-                            replicas_agree=words.replicas_agree,
+                            replicas_agree=words.replicas_agree, not_finite=words.not_finite,
                             loss=words.loss / words.weight if words.weight else 0.0)
         if words.not_finite or words.weight == 0.0 or not result.replicas_agree:
             result.skipped = True
