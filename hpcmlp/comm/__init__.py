@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm.ring import Ring, small_limit
+from hpcmlp.comm.ring import CROSS_SEGMENT_BYTES, SEGMENT_BYTES, Ring, small_limit
 from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
@@ -60,7 +60,9 @@ def make_ring(comm: Any, wire: str = "float32", **options: Any) -> Ring:
 
 
 def _ring_of_all(topology: Topology, wire: str = "float32") -> Ring:
-    return make_ring(topology.comm, wire, small_bytes=small_limit(topology.size, topology.num_nodes == 1))
+    one_node = topology.num_nodes == 1
+    return make_ring(topology.comm, wire, small_bytes=small_limit(topology.size, one_node),
+                     segment_bytes=SEGMENT_BYTES if one_node else CROSS_SEGMENT_BYTES)
 
 
 def check_wire(sync: str, wire: str) -> None:
@@ -132,7 +134,7 @@ def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool
     if wire != "float32" and (topology.size == 1 or name == "shared" and topology.num_nodes == 1):
         note, wire = _idle(wire, "there is one rank" if topology.size == 1 else "all ranks share one node"), "float32"
     if name == "shared":
-        collective: Any = Shared(topology, partial(make_ring, wire=wire))
+        collective: Any = Shared(topology, partial(make_ring, wire=wire, segment_bytes=CROSS_SEGMENT_BYTES))
     elif name == "server":
         from hpcmlp.comm.served import Served  # few runs want it
         collective = Served(topology.comm, servers)

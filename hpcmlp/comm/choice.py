@@ -7,6 +7,10 @@ rank, which all ranks learn, so all take the same decision from the same numbers
 Between nodes a step hides most of what was started behind its computing (`sync.overlap`; 72 to 82 % of the time, note
 of 2026-11-24 on overlap), which MPI's own collectives, called in one piece, do not allow. So where there is enough to
 cut into buckets, the time of collectives that can be started counts a half.
+
+The figures of a trial move from run to run, and with other collectives the bits of a run may differ. So the candidates
+have a standing order, and one is passed over only where another is clearly faster (`MARGIN`): what is too close to call
+is decided alike every time.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +28,14 @@ FIRST_ELEMENTS = 1 << 10
 GROWTH = 8
 HIDDEN = 0.5            # of the time of collectives that can be started, at least
 CUT_BYTES = 1 << 20     # below, networks are one bucket mostly, and nothing is hidden
+MARGIN = 0.25           # a candidate that takes so much more than the fastest still comes before later ones
 
 
 def fastest(make: Callable[[str, int], Any], names: Sequence[str], comm: Any, size: int,
             hides: bool = False) -> tuple[str, str]:
-    """Return the fastest of the collectives `names` for vectors of `size` elements, and the figures as a sentence.
+    """Return the collectives among `names` to take for vectors of `size` elements, and the figures as a sentence.
 
-    Collective over `comm`. `make(name, elements)` opens a `comm.Exchange`; where it raises SharedUnavailable that one
+    Collective over `comm`. These are the first of `names` that take at most 1 + MARGIN times as long as the fastest. `make(name, elements)` opens a `comm.Exchange`; where it raises SharedUnavailable that one
     is left out (the last of `names` must not). `hides`: the run hides what it can start behind its computing.
     """
     elements = _affordable(make, names[-1], comm, size)
@@ -41,10 +46,13 @@ def fastest(make: Callable[[str, int], Any], names: Sequence[str], comm: Any, si
             counted[name] = seconds[name] * (1.0 - HIDDEN if hides and starts and 4 * size >= CUT_BYTES else 1.0)
         except SharedUnavailable as reason:
             missing = f"; no {name}: {reason}"
-    ordered = sorted(counted, key=counted.get)
+    least = min(counted.values())
+    taken = next(name for name, value in counted.items() if value <= (1.0 + MARGIN) * least)
+    ordered = sorted(counted, key=lambda name: (name != taken, counted[name]))
     figures = ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in ordered)
     of = "" if elements == size else f" for the first {elements:,} of {size:,} numbers"
-    return ordered[0], f"by trial{of}: {figures}{missing}"
+    close = "" if counted[taken] == least else ", too close to call"
+    return taken, f"by trial{of}: {figures}{close}{missing}"
 
 
 def _affordable(make: Callable[[str, int], Any], name: str, comm: Any, size: int) -> int:

@@ -24,6 +24,7 @@ from hpcmlp.nn.layout import Layout
 FROM_SIGN = frozenset({"relu", "leaky_relu", "identity"})
 PLANS_KEPT = 8  # row counts whose views are kept; a run has two or three
 PIECE_ROWS = 256  # of a weight, at least: 1024 x 2048 x 2048 in such pieces takes 2 % longer, in 128 rows 9 to 28 %
+FIRST_LAYER = 4  # so much smaller are the pieces of the first layer: nothing hides its last gradient and first parameters
 ROW_ALIGN = 64  # pieces begin at multiples: aligned in memory for any width, and whole tiles of the matrix product
 
 
@@ -61,9 +62,12 @@ class NetworkSpec:
     def row_cuts(self, layer: int, piece: int | None = None) -> list[int]:
         """Return the rows at which the weight of `layer` is cut into pieces, from 0 to its height.
 
-        Local. A piece holds at least `piece` elements (None: the whole weight) and PIECE_ROWS rows.
+        Local. A piece holds at least `piece` elements (None: the whole weight), of the first layer 1/FIRST_LAYER of
+        that, and PIECE_ROWS rows.
         """
         width, height = self.sizes[layer], self.sizes[layer + 1]
+        if piece is not None and layer == 0:
+            piece = -(-piece // FIRST_LAYER)
         count = 1 if piece is None else max(1, height // max(PIECE_ROWS, -(-piece // width)))
         return [height * k // count // ROW_ALIGN * ROW_ALIGN for k in range(count)] + [height]
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hpcmlp.nn.network import FIRST_LAYER
 from hpcmlp.sync.buckets import Bucket, cut
 from hpcmlp.sync.strategy import SlicedUpdate, WholeUpdate
 
@@ -61,7 +62,8 @@ def plan(spec: Any, collective: Any, size: int, num_nodes: int, bucket_mb: float
         from hpcmlp.sync.overlap import find_bucket_mb
         found = bucket_mb or find_bucket_mb(collective)
         piece = _elements(found)
-        buckets = cut(total, spec.closings(piece), piece, size)
+        first_stop = spec.layer_starts()[1] if spec.num_layers > 1 else 0
+        buckets = cut(total, spec.closings(piece), piece, size, first_stop, -(-piece // FIRST_LAYER))
         if overlap or len(buckets) > 1:
             return Plan(buckets, piece, True, found)
     bucket_mb = bucket_mb or BUCKET_MB

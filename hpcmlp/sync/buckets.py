@@ -37,7 +37,8 @@ def part_bounds(length: int, size: int) -> np.ndarray:
     return np.minimum(bounds, length)
 
 
-def cut(size_total: int, starts: list[int], bucket_elements: int, size: int) -> list[Bucket]:
+def cut(size_total: int, starts: list[int], bucket_elements: int, size: int, first_stop: int = 0,
+        first_elements: int = 1) -> list[Bucket]:
     """Cut a flat vector of `size_total` elements into buckets in the order in which backward closes them.
 
     Local.
@@ -47,10 +48,13 @@ def cut(size_total: int, starts: list[int], bucket_elements: int, size: int) -> 
     starts : where layers begin, ascending from 0: backward makes the gradient final from the last of them on.
     bucket_elements : a bucket is closed as soon as it holds this many elements.
     size : ranks.
+    first_stop, first_elements : a bucket that ends at or before `first_stop` closes with `first_elements` already: what
+        backward finishes last, and the next forward pass needs first, is not hidden behind anything.
     """
     buckets, stop = [], size_total
     for start in reversed(starts):
-        if stop - start >= bucket_elements or start == 0:
+        least = first_elements if stop <= first_stop else bucket_elements
+        if stop - start >= least or start == 0:
             if stop > start:
                 buckets.append(Bucket(start, stop, part_bounds(stop - start, size)))
             stop = start

@@ -70,10 +70,26 @@ def test_what_can_be_hidden_may_take_longer_where_there_are_buckets(comm, monkey
 
     def make(name, elements):
         started = name == "started"
-        collective = Slow(comm, clock, 1.5e-5 if started else 1e-5, 0, started)
+        collective = Slow(comm, clock, 2.2e-5 if started else 1e-5, 0, started)
         return Exchange(name, collective, np.zeros(elements, np.float32), np.zeros(elements, np.float32))
 
     assert choice.fastest(make, ("started", "blocking"), comm, size, hides)[0] == taken
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("first, second, taken", [(1.2e-5, 1e-5, "first"), (1e-5, 1.2e-5, "first"),
+                                                  (1.3e-5, 1e-5, "second")])
+def test_what_is_too_close_to_call_is_decided_by_the_standing_order(comm, monkeypatch, first, second, taken):
+    clock = [0.0]
+    monkeypatch.setattr(choice, "perf_counter", lambda: clock[0])
+
+    def make(name, elements):
+        collective = Slow(comm, clock, first if name == "first" else second, 0)
+        return Exchange(name, collective, np.zeros(elements, np.float32), np.zeros(elements, np.float32))
+
+    name, why = choice.fastest(make, ("first", "second"), comm, 100)
+    assert name == taken and why.startswith(f"by trial: {taken} ")
+    assert ("too close to call" in why) == (first == 1.2e-5)
 
 
 @pytest.mark.mpi(min_size=2)

@@ -33,3 +33,10 @@ def test_buckets_follow_backward_and_end_at_layers():
     buckets = cut(1600, [0, 320, 640, 1280], 400, 2)
     assert [(b.start, b.stop) for b in buckets] == [(640, 1600), (0, 640)]
     assert [(b.start, b.stop) for b in cut(1600, [0, 320, 640, 1280], 10**9, 2)] == [(0, 1600)]
+
+
+def test_buckets_of_the_first_layer_are_small_unless_one_holds_it_all():
+    starts = [0, 100, 200, 300, 400, 800, 1200]
+    assert [b.start for b in cut(1600, starts, 400, 2, 400, 100)] == [1200, 800, 400, 300, 200, 100, 0]
+    assert [b.start for b in cut(1600, starts, 500, 2, 400, 150)] == [800, 300, 100, 0]
+    assert [b.start for b in cut(1600, starts, 2000, 2, 400, 100)] == [0]
