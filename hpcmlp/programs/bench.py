@@ -158,13 +158,18 @@ def _gemms(sizes: tuple[int, ...], rows: int) -> Callable[[], None]:
 
 
 def _mean(topology: Topology, action: Callable[[], None], count: int, finish: Callable[[], None]) -> float:
-    """Return the mean time of `count` calls, and the end of what they leave under way; slowest rank, ms. Collective."""
+    """Return the mean time of `count` calls in a row that leave something under way; slowest rank, ms. Collective.
+
+    A call before them leaves its own to the first, as the last leaves its own to `finish`, which is not timed: so each
+    counts once, as in a long run.
+    """
     messages.barrier(topology.comm)
+    action()
     begin = time.perf_counter()
     for _ in range(count):
         action()
-    finish()
     taken = np.array([time.perf_counter() - begin])
+    finish()
     messages.max_in_place(topology.comm, taken)
     return 1e3 * float(taken[0]) / count
 
