@@ -35,8 +35,9 @@ def fastest(make: Callable[[str, int], Any], names: Sequence[str], comm: Any, si
             hides: bool = False) -> tuple[str, str]:
     """Return the collectives among `names` to take for vectors of `size` elements, and the figures as a sentence.
 
-    Collective over `comm`. These are the first of `names` that take at most 1 + MARGIN times as long as the fastest. `make(name, elements)` opens a `comm.Exchange`; where it raises SharedUnavailable that one
-    is left out (the last of `names` must not). `hides`: the run hides what it can start behind its computing.
+    Collective over `comm`. Taken are the first of `names` that need at most 1 + MARGIN times as long as the fastest.
+    `make(name, elements)` opens a `comm.Exchange`; where it raises SharedUnavailable that one is left out (the last of
+    `names` must not). `hides`: the run hides what it can start behind its computing.
     """
     elements = _affordable(make, names[-1], comm, size)
     seconds, counted, missing = {}, {}, ""

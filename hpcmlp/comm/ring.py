@@ -31,7 +31,8 @@ from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, pieces
 
 # Between two ranks of a node, 23 MB: 2.2 ms for a reduce-scatter in segments of 1 MiB, 2.7 ms of 256 KiB, 4 of 64 KiB.
 SEGMENT_BYTES = 2**20
-# Between 8 hosts, 4 MiB at 200 Mbit/s: 96 % of the wire in segments of 256 KiB, 94.5 % of 1 MiB; between 2 no difference.
+# Between 8 hosts, 4 MiB at 200 Mbit/s: 96 % of the wire in segments of 256 KiB, 94.5 % of 1 MiB; no difference
+# between 2.
 CROSS_SEGMENT_BYTES = 2**18
 DEPTH = 2           # segments that may be on their way to this rank at once
 MAX_PLANS = 64      # prepared (array, bounds) pairs that are kept

@@ -24,7 +24,7 @@ from hpcmlp.nn.layout import Layout
 FROM_SIGN = frozenset({"relu", "leaky_relu", "identity"})
 PLANS_KEPT = 8  # row counts whose views are kept; a run has two or three
 PIECE_ROWS = 256  # of a weight, at least: 1024 x 2048 x 2048 in such pieces takes 2 % longer, in 128 rows 9 to 28 %
-FIRST_LAYER = 4  # so much smaller are the pieces of the first layer: nothing hides its last gradient and first parameters
+FIRST_LAYER = 4  # so much smaller are pieces of the first layer: nothing hides its last gradient and first parameters
 ROW_ALIGN = 64  # pieces begin at multiples: aligned in memory for any width, and whole tiles of the matrix product
 
 
