@@ -1,5 +1,7 @@
 """Where the ranks are: in the world, in the node and across nodes."""
 
+import os
+
 import numpy as np
 from mpi4py import MPI
 
@@ -10,6 +12,8 @@ class Topology:
     Collective over `comm`. `node` joins the ranks that share this rank's memory, `cross` the ranks with the same
     local rank on all nodes. Nodes may hold different numbers of ranks: then `cross_size` differs between local ranks
     and `num_nodes` is still the number of nodes. MPI is asked (COMM_TYPE_SHARED); launchers' variables lie.
+    `local_sizes`, `cores` and `threads` are the fewest and the most, over all ranks, of ranks on a node, of cores that
+    a rank may use and of its BLAS threads (0: not set).
     """
 
     def __init__(self, comm: MPI.Intracomm):
@@ -26,6 +30,10 @@ class Topology:
         comm.Allreduce(MPI.IN_PLACE, leaders, MPI.SUM)
         self.num_nodes = int(leaders[0])
         self.host = MPI.Get_processor_name()
+        own = (self.local_size, len(os.sched_getaffinity(0)), _blas_threads())
+        spread = np.array([*own, *(-count for count in own)], dtype=np.int64)
+        comm.Allreduce(MPI.IN_PLACE, spread, MPI.MAX)
+        self.local_sizes, self.cores, self.threads = zip((-spread[3:]).tolist(), spread[:3].tolist(), strict=True)
 
     def free(self) -> None:
         """Give back the communicators made here; `comm` stays the caller's.
@@ -34,6 +42,11 @@ class Topology:
         """
         self.node.Free()
         self.cross.Free()
+
+
+def _blas_threads() -> int:
+    text = os.environ.get("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "")).split(",")[0]
+    return int(text) if text.isdigit() else 0
 
 
 def mpi_library() -> str:

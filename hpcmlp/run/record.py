@@ -16,12 +16,10 @@ from hpcmlp.run.parts import Parts
 def header_rows(p: Parts) -> list[tuple[str, str]]:
     """Return names and values of the lines that a run begins with. Local."""
     c, m, t = p.config, p.manifest, p.topology
-    cores = len(os.sched_getaffinity(0))
-    threads = os.environ.get("OPENBLAS_NUM_THREADS", "default")
     rows = ", ".join(f"{m.rows(s):,} {s}" for s in m.splits)
     return [("hpcmlp", hpcmlp.__version__),
-            ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}; {cores} cores and {threads} BLAS "
-                      f"thread(s) for rank 0"),
+            ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}{_uneven(t.local_sizes)}; "
+                      f"{_spread(t.cores)} cores and {_spread(t.threads)} BLAS thread(s) each"),
             ("MPI", f"{mpi_library()}, sync {p.exchange.name}{p.exchange.why and f' ({p.exchange.why})'}"
                     f"{f', {p.exchange.wire} on the wire' if p.exchange.wire != 'float32' else ''}"
                     f"{', whole update' if c.full_update else ''}{_overlap(p)}{_servers(p)}"),
@@ -32,6 +30,15 @@ def header_rows(p: Parts) -> list[tuple[str, str]]:
             ("training", f"{c.optimizer} lr {c.lr:g} {c.schedule}, global batch {c.global_batch_size}, "
                          f"{p.total_steps:,} steps ({p.steps_per_epoch} an epoch)"),
             *([("rounds", f"of up to {c.local_steps} local steps, then {p.step.describe()}")] if p.local else [])]
+
+
+def _spread(counts: tuple[int, int]) -> str:
+    low, high = counts
+    return ("default" if high == 0 else str(high)) if low == high else f"{low} to {high}"
+
+
+def _uneven(local_sizes: tuple[int, int]) -> str:
+    return "" if local_sizes[0] == local_sizes[1] else f" ({_spread(local_sizes)} each)"
 
 
 def _servers(p: Parts) -> str:

@@ -1,5 +1,7 @@
 """Places of the ranks, also on nodes that are only simulated."""
 
+import os
+
 import pytest
 
 from hpcmlp.comm.topology import Topology
@@ -23,7 +25,21 @@ def test_places_are_consistent(comm):
     assert topology.node.size == topology.local_size and topology.cross.size == topology.cross_size
     places = comm.allgather((topology.host, topology.cross_rank, topology.local_rank))
     assert len(set(places)) == comm.size
+    seen = comm.allgather((topology.local_size, len(os.sched_getaffinity(0))))
+    for spread, values in zip((topology.local_sizes, topology.cores), zip(*seen, strict=True), strict=True):
+        assert spread == (min(values), max(values))
     topology.free()
+
+
+def test_the_header_says_where_ranks_have_different_cores_and_threads(run_ranks):
+    code = ("import os, sys\nfrom hpcmlp import launch\nrank = launch.launcher_rank()\n"
+            "if rank == 1:\n    os.environ['OPENBLAS_NUM_THREADS'] = '3'\n"
+            "world = launch.open_world()\n"
+            "from hpcmlp.comm.topology import Topology\nt = Topology(world.comm)\n"
+            "sys.stdout.write(f'{t.local_sizes} {t.threads}\\n')\n")
+    result = run_ranks(2, "-c", code, env={"OPENBLAS_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == 2 * ["(2, 2) (1, 3)"]
 
 
 def test_nodes_that_mpich_simulates(run_ranks):
