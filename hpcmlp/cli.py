@@ -18,6 +18,15 @@ EPILOG = """exit codes: 0 done, 2 wrong usage, 65 bad data, 66 no such input, 69
 cannot go on, 73 cannot write, 75 stopped early and saved (run again with --resume), 78 wrong configuration or launch"""
 
 
+ALONE = ("plan",)   # programs that start no MPI: under a launcher the first rank alone runs them
+
+
+class _Alone:
+    """The world of a program without MPI."""
+
+    comm, rank, size = None, 0, 1
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, raised instead of printed."""
 
@@ -63,7 +72,7 @@ def _add_option(parser: argparse.ArgumentParser, f: Any) -> None:
                                   {int: "N", float: "X", str: "TEXT"}.get(meta["kind"], None))
     if meta["positional"]:
         parser.add_argument(f.name, help=text, metavar=meta["metavar"] or f.name.upper(),
-                            **({"nargs": "+"} if meta["many"] else {}))
+                            **({"nargs": "+"} if meta["many"] else {} if f.default is MISSING else {"nargs": "?"}))
     elif meta["kind"] is bool:
         parser.add_argument(flag(f.name), help=text, action=argparse.BooleanOptionalAction)
     else:
@@ -124,11 +133,13 @@ def _read_value(f: Any, value: Any) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one program on all ranks of this launch and return the exit code.
 
-    Collective over the world, but for --help and wrong usage, which start no MPI.
+    Collective over the world, but for --help, wrong usage and the programs of ALONE, which start no MPI.
     """
     program = config = None
     try:
         program, config = parse(sys.argv[1:] if argv is None else argv)
+        if program in ALONE:
+            return 0 if launch.launcher_rank() else _run(program, config, _Alone())
         world = launch.open_world()
     except Unavailable as error:
         launch.end_unstarted(error.code, _say, error)

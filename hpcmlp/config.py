@@ -201,6 +201,34 @@ class TrainConfig:
     trace_steps: int | None = option(None, kind=int, low=1, high=10_000, help="steps of the timeline, after a short "
                                      "warm-up (default: 200)", metavar="STEPS")
     seed: int = option(0, low=0, high=2**63 - 1, help="seed of parameters, order of samples and dropout")
+    machine: str | None = option(None, metavar="FILE.json", help="machine file of 'hpcmlp bench --calibrate', or a "
+                                 "built-in profile by name: then times are foretold too, and compared at the end")
+    network: str | None = option(None, metavar="NAME", help="links between nodes by a built-in profile, where the "
+                                 "machine file says nothing of them")
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """Foretell what a training run needs and how long it takes, before it is submitted; needs no MPI."""
+
+    data: str | None = option(None, help="data set directory made by prepare (or --rows, --features and --classes)",
+                              metavar="DIR")
+    out: str | None = option(None, help="run directory that a written job is to use", metavar="RUN")
+    rows: int | None = option(None, kind=int, low=1, high=2**48, help="training rows, where there is no data set yet")
+    features: int | None = option(None, kind=int, low=1, high=2**24, help="inputs of a row, likewise")
+    classes: int | None = option(None, kind=int, low=1, high=2**24, help="classes, or numbers to predict, likewise "
+                                 "(default: 10)")
+    ranks: int = option(1, low=1, high=2**24, help="ranks of the run")
+    ranks_per_node: int | None = option(None, kind=int, low=1, help="ranks on a node (default: all where the machine "
+                                        "is not known, else its cores over its BLAS threads)")
+    up_to: int = option(4096, low=1, high=2**24, help="ranks at the end of the scaling curves, which go by powers of 2")
+    efficiency: float = option(0.8, above=0.0, high=1.0, help="parallel efficiency for which the rank count is wanted")
+    watts: float | None = option(None, kind=float, above=0.0, help="power of a core (or GPU) in use, W, for the energy "
+                                 "(default: the machine file's)")
+    picture: str | None = option(None, help="draw the scaling curves into this PNG file", metavar="FILE.png")
+    write_job: str | None = option(None, help="write a SLURM script for the run, filled in from jobs/: ranks, memory, "
+                                   "time limit and options", metavar="FILE.sh")
+    json: bool = option(False, help="print one JSON object and nothing else")
 
 
 @dataclass(frozen=True)
@@ -260,11 +288,18 @@ class ReportConfig:
 class BenchConfig:
     """Time the parts of a step on this machine."""
 
-    what: str = option(positional=True, choices=("step", "comm", "gemm", "io"), help="step: a whole training step on "
+    what: str | None = option(None, positional=True, choices=("step", "comm", "gemm", "io"), help="step: a whole "
+                       "training step on "
                        "made-up samples, and its matrix products alone, ms; gemm: these products, ms and GFLOP/s; "
                        "comm: an all-reduce over sizes for each algorithm, beside MPI's own and a copy of memory, us "
                        "and GB/s; io: how fast the shards of a data set are read, verified, gathered and streamed, "
                        "samples/s and MB/s")
+    calibrate: str | None = option(None, metavar="FILE.json", help="measure this machine for 'hpcmlp plan', with as "
+                                   "many ranks on a node as runs are to have and on two nodes where there are more, "
+                                   "and write its machine file; about a minute; instead of WHAT")
+    rounds: int = option(3, low=1, help="times that every rate is taken, far apart (--calibrate)")
+    watts: float | None = option(None, kind=float, above=0.0, help="power of a core in use, W, to be written into the "
+                                 "machine file (--calibrate)")
     sizes: tuple = option((784, 256, 128, 10), kind=int, many=True, low=1, help="widths from input to output (step, "
                           "gemm)")
     global_batch_size: int = option(128, low=1, help="samples of one step over all ranks (step, gemm, io)")
@@ -298,7 +333,8 @@ class DoctorConfig:
 
 
 CONFIGS = {"prepare": PrepareConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "predict": PredictConfig,
-           "bench": BenchConfig, "report": ReportConfig, "inspect": InspectConfig, "doctor": DoctorConfig}
+           "plan": PlanConfig, "bench": BenchConfig, "report": ReportConfig, "inspect": InspectConfig,
+           "doctor": DoctorConfig}
 
 
 def nearest(word: str, legal: list[str]) -> str:

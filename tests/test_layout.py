@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "hpcmlp"
 
 # Left may not import right. Folders that share a place do not import each other.
-LAYERS = [("errors",), ("node_memory",), ("launch",), ("ops",), ("nn", "comm", "data"), ("sync",), ("run",),
-          ("programs",), ("cli",), ("__main__",)]
+LAYERS = [("errors",), ("node_memory",), ("traffic",), ("launch",), ("ops",), ("nn", "comm", "data"), ("sync",),
+          ("plan",), ("run",), ("programs",), ("cli",), ("__main__",)]
 # Within a folder a module imports only what stands before it; the folder's own name is its __init__.
 INSIDE = {
     "ops": "counter activations losses plain blocked _fused host device cublaslt launches emulated gpu_device "
@@ -24,10 +24,11 @@ INSIDE = {
             "hdf5_reader idx_reader npz_reader parquet_reader probe readers row_file splits statistics download "
             "sources targets preprocess cleaning selection summary shards describe samples resident streamed loader",
     "sync": "buckets control strategy narrow overlap sync step planned local ledger storage tasks server",
-    "run": "run faults signals signs lateness beacon watchdog sealed state_file writer checkpoint directory "
-           "coordinator options session numbers parts account roc evaluation judge record curves trace timeline "
-           "io_rates facts speeds checkup",
-    "programs": "programs prepare train evaluate predict inspect report bench doctor",
+    "plan": "plan workload record machine profiles demand events scaling outlook compare text picture job fit",
+    "run": "run memory faults signals signs lateness beacon watchdog sealed state_file writer checkpoint directory "
+           "coordinator options session numbers parts account forecast roc evaluation judge record curves trace "
+           "timeline io_rates facts speeds checkup calibrate",
+    "programs": "programs prepare train evaluate predict inspect report plan bench doctor",
 }
 # config stands beside the row: it imports errors only, and programs and cli alone import it.
 CONFIG_USERS = ("programs", "cli", "config")

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm.ring import CROSS_SEGMENT_BYTES, SEGMENT_BYTES, Ring, small_limit
+from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
+from hpcmlp.traffic import CROSS_SEGMENT_BYTES, SEGMENT_BYTES, check_wire, small_limit
 
 COLLECTIVES = ("ring", "shared", "native")    # those that need no further choice
 
@@ -63,16 +64,6 @@ def _ring_of_all(topology: Topology, wire: str = "float32") -> Ring:
     one_node = topology.num_nodes == 1
     return make_ring(topology.comm, wire, small_bytes=small_limit(topology.size, one_node),
                      segment_bytes=SEGMENT_BYTES if one_node else CROSS_SEGMENT_BYTES)
-
-
-def check_wire(sync: str, wire: str) -> None:
-    """Raise ConfigError when numbers cannot be narrowed to `wire` with `sync`. Local.
-
-    Only our ring does the additions itself: MPI's operations take float32.
-    """
-    if wire != "float32" and sync in ("native", "server"):
-        raise ConfigError(f"--wire {wire} has no effect with --sync {sync}: only our own ring sends narrow numbers; "
-                          "give --sync auto, shared or ring, or use --wire float32.")
 
 
 def rule(topology: Topology, wire: str = "float32") -> tuple[str | None, str]:

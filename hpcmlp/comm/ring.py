@@ -28,16 +28,11 @@ from mpi4py import MPI
 
 from hpcmlp.comm.exact_sum import join, num_bins, split
 from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, pieces
+from hpcmlp.traffic import REDUCE_SHARE, SEGMENT_BYTES, least_bytes, small_limit, together_sends
 
-# Between two ranks of a node, 23 MB: 2.2 ms for a reduce-scatter in segments of 1 MiB, 2.7 ms of 256 KiB, 4 of 64 KiB.
-SEGMENT_BYTES = 2**20
-# Between 8 hosts, 4 MiB at 200 Mbit/s: 96 % of the wire in segments of 256 KiB, 94.5 % of 1 MiB; no difference
-# between 2.
-CROSS_SEGMENT_BYTES = 2**18
 DEPTH = 2           # segments that may be on their way to this rank at once
 MAX_PLANS = 64      # prepared (array, bounds) pairs that are kept
 MAX_TOGETHER = 16   # buffers for small arrays that are kept
-REDUCE_SHARE = 4    # one call of MPI sends more than half a ring has to: so much smaller are small arrays there
 BROADCAST_TAG = 1
 FIRST_TAG = 16      # each plan has two tags from here on, data and words
 TAG_PAIRS = 2**13   # then they begin anew; MPI promises tags up to 2**15 - 1
@@ -77,6 +72,7 @@ class Ring:
         self._made = 0
         self._flight: deque[_Operation] = deque()
         self._together = _Together(self.comm)
+        self.bytes_sent = 0     # by reductions and gatherings so far, words included
         self._small_bytes = min(small_limit(self.size) if small_bytes is None else small_bytes, limit_bytes)
 
     def empty(self, size: int, dtype: np.dtype | type) -> np.ndarray:
@@ -101,6 +97,7 @@ class Ring:
             travels with every part.
         """
         if self._is_small(array, REDUCE_SHARE):
+            self._count_together(array, words)
             # In the order of the ring: the bits are those of a reduction that is started.
             start, part = bounds[0], slice(bounds[self.rank] - bounds[0], bounds[self.rank + 1] - bounds[0])
             self._together.sum(array[start:bounds[-1]], words, part, first=(self.rank + 1) % self.size)
@@ -144,6 +141,7 @@ class Ring:
         Collective over `comm`.
         """
         if self._is_small(array):
+            self._count_together(array, words)
             self._together.sum(array, words)
             return
         bounds = [array.size * rank // self.size for rank in range(self.size + 1)]
@@ -182,7 +180,7 @@ class Ring:
         latency = exchange(8, 11)
         slowest = np.array([latency, exchange(PROBE_BYTES, 5) / PROBE_BYTES])
         self.comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
-        return int(self.size * (slowest[0] + delay_s) / loss / slowest[1])
+        return least_bytes(self.size, slowest[0], slowest[1], delay_s, loss)
 
     def forget(self) -> None:
         """Drop the prepared messages and with them the references to the caller's arrays. Local."""
@@ -196,6 +194,9 @@ class Ring:
         """
         self.forget()
         self.comm.Free()
+
+    def _count_together(self, array: np.ndarray, words: np.ndarray | None) -> None:
+        self.bytes_sent += together_sends(array.nbytes, self.size, 0 if words is None else words.size)
 
     def _is_small(self, array: np.ndarray, share: int = 1) -> bool:
         return array.nbytes * share <= self._small_bytes and self.size > 1
@@ -231,6 +232,7 @@ class Ring:
         if self._flight:
             self._start(plan, words).wait()
             return
+        self.bytes_sent += plan.bytes_sent
         plan.post()
         for request in plan.steps(words):
             request.Wait()
@@ -238,6 +240,7 @@ class Ring:
     def _start(self, plan: "_Plan | None", words: np.ndarray | None) -> "_Operation":
         operation = _Operation(self, plan, words)
         if plan is not None:
+            self.bytes_sent += plan.bytes_sent
             self._flight.append(operation)
             self.advance()
         return operation
@@ -253,17 +256,6 @@ class Ring:
         assert len(bounds) == self.size + 1 and 0 <= bounds[0] and bounds[-1] <= array.size
         return [list(pieces(array[start:stop], self.segment_bytes))
                 for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
-
-
-def small_limit(size: int, one_node: bool = False) -> int:
-    """Return the bytes up to which an all-reduce is better one call of MPI than a way around the ring. Local.
-
-    As measured on one node with 2 ranks, and with 4 on 2 cores, where each hop waits for a core; reckoned for networks
-    (latency 50 us, 1 Gbit/s). All ranks' numbers together stay below 1 MiB.
-    """
-    if not one_node:
-        return min(2**14, 2**20 // size)
-    return min(2**18, 2**20 // size)
 
 
 class _Together:
@@ -391,8 +383,14 @@ class _Plan:
         self.array = array  # kept, so that its address cannot come to mean another one
         self.busy = self.all_started = False
         self.sends: list[MPI.Prequest] = []
+        self.bytes_sent = 0     # in one go, words included
         self._receives: list[MPI.Prequest] = []
         self._posted: list[MPI.Prequest] = []   # what is received from the first moment
+
+    def _prepare_send(self, ring: Ring, data: np.ndarray, tag: int) -> MPI.Prequest:
+        self.sends.append(ring.comm.Send_init(data, ring._right, tag))
+        self.bytes_sent += data.nbytes
+        return self.sends[-1]
 
     def post(self) -> None:
         self.all_started = False
@@ -413,8 +411,7 @@ class _ReduceScatter(_Plan):
         super().__init__(array)
         comm, rank, size = ring.comm, ring.rank, ring.size
         parts = ring._parts(array, bounds)
-        first_sends = [comm.Send_init(piece, ring._right, tag) for piece in parts[rank - 1]]
-        self.sends = list(first_sends)
+        first_sends = [self._prepare_send(ring, piece, tag) for piece in parts[rank - 1]]
         buffers = work_buffers(parts)
         hops = []
         for hop in range(size - 1):
@@ -422,10 +419,7 @@ class _ReduceScatter(_Plan):
             for own in parts[(rank - 2 - hop) % size]:
                 work = buffers[len(self._receives) % DEPTH][:own.nbytes].view(array.dtype)
                 self._receives.append(comm.Recv_init(work, ring._left, tag))
-                send = comm.Send_init(own, ring._right, tag) if hop < size - 2 else None
-                if send is not None:
-                    self.sends.append(send)
-                steps.append((own, work, send))
+                steps.append((own, work, self._prepare_send(ring, own, tag) if hop < size - 2 else None))
             hops.append(steps)
         # A work buffer takes segment i + DEPTH as soon as segment i has been added.
         later = iter([*self._receives[DEPTH:], *[None] * DEPTH])
@@ -442,9 +436,8 @@ class _ReduceScatter(_Plan):
         self._word_sends: list[MPI.Prequest] = []
         self._word_receives: list[MPI.Prequest] = []
         if num_words:
-            self._word_sends = [ring.comm.Send_init(row, ring._right, tag) for row in self._rows[:-1]]
+            self._word_sends = [self._prepare_send(ring, row, tag) for row in self._rows[:-1]]
             self._word_receives = [ring.comm.Recv_init(row, ring._left, tag) for row in self._rows[1:]]
-            self.sends.extend(self._word_sends)
             self._posted = [*self._posted, *self._word_receives]
             self._receives.extend(self._word_receives)
 
@@ -480,17 +473,14 @@ class _AllGather(_Plan):
         super().__init__(array)
         comm, rank, size = ring.comm, ring.rank, ring.size
         parts = ring._parts(array, bounds)
-        self._first = [comm.Send_init(piece, ring._right, tag) for piece in parts[rank]]
-        self.sends = list(self._first)
+        self._first = [self._prepare_send(ring, piece, tag) for piece in parts[rank]]
         self._forward = []
         for hop in range(size - 1):
             for piece in parts[(rank - 1 - hop) % size]:
                 receive = comm.Recv_init(piece, ring._left, tag)
                 self._receives.append(receive)
                 if hop < size - 2:
-                    send = comm.Send_init(piece, ring._right, tag)
-                    self.sends.append(send)
-                    self._forward.append((receive, send))
+                    self._forward.append((receive, self._prepare_send(ring, piece, tag)))
         self._posted = self._receives
         self._all = _All([*self._receives, *self.sends])
 

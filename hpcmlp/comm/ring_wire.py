@@ -33,8 +33,9 @@ from mpi4py import MPI
 
 from hpcmlp.comm.exact_sum import join, split
 from hpcmlp.comm.messages import LIMIT_BYTES, pieces
-from hpcmlp.comm.ring import DEPTH, SEGMENT_BYTES, Bounds, Ring, _All, _Plan, _ReduceScatter, work_buffers
+from hpcmlp.comm.ring import DEPTH, Bounds, Ring, _All, _Plan, _ReduceScatter, work_buffers
 from hpcmlp.comm.wire import make_format
+from hpcmlp.traffic import SEGMENT_BYTES
 
 
 class WireRing(Ring):
@@ -147,9 +148,7 @@ class _NarrowReduceScatter(_ReduceScatter):
             steps = []
             for own, rest in zip(parts[part], rests[part], strict=True):
                 out = np.empty(ring.wire.num_bytes(own.size), np.uint8)
-                send = comm.Send_init(out, ring._right, tag)
-                self.sends.append(send)
-                steps.append((own, rest, out, send))
+                steps.append((own, rest, out, self._prepare_send(ring, out, tag)))
             return steps
 
         self._start = outgoing((rank - 1) % size)
@@ -218,18 +217,14 @@ class _NarrowAllGather(_Plan):
         def buffer(values: np.ndarray) -> np.ndarray:
             return np.empty(ring.wire.num_bytes(values.size), np.uint8)
 
-        def outgoing(data: np.ndarray) -> MPI.Prequest:
-            self.sends.append(comm.Send_init(data, ring._right, tag))
-            return self.sends[-1]
-
         for own in parts[rank]:
             data = buffer(own)
-            self._own.append((own, data, outgoing(data)))
+            self._own.append((own, data, self._prepare_send(ring, data, tag)))
         for hop in range(size - 1):
             for values in parts[(rank - 1 - hop) % size]:
                 data = buffer(values)
                 self._receives.append(comm.Recv_init(data, ring._left, tag))
-                send = outgoing(data) if hop < size - 2 else None
+                send = self._prepare_send(ring, data, tag) if hop < size - 2 else None
                 self._others.append((self._receives[-1], values, data, send, hop == size - 2))
         self._posted = self._receives
         self._sent = _All(self.sends)

@@ -31,11 +31,12 @@ from mpi4py import MPI
 
 from hpcmlp import node_memory
 from hpcmlp.comm.messages import broadcast_bytes
-from hpcmlp.comm.ring import Bounds, Ring, small_limit
+from hpcmlp.comm.ring import Bounds, Ring
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import Unavailable
 from hpcmlp.launch import cpu_quota
 from hpcmlp.ops.host import kernels
+from hpcmlp.traffic import small_limit
 
 BLOCK_BYTES = 1 << 17   # of one source while NumPy sums: the sources of a block stay in the cache
 STAGE_BYTES = 1 << 14   # arrays up to here take the stage
@@ -236,6 +237,11 @@ class Shared:
         plan = self._plan(window, array, bounds)
         across = self._cross.start_gather_towards(plan.share, plan.inner, kept)
         return _Later(across, lambda: self._spread(window, plan))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank has sent so far, words included: between nodes, or where the ring stood in. Local."""
+        return self._cross.bytes_sent + (0 if self._ring is None else self._ring.bytes_sent)
 
     def advance(self) -> bool:
         """Take what was started as far as it goes without waiting; return whether nothing is under way. Local."""

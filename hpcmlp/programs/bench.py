@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm import check_wire, make_collective, messages, open_exchange
+from hpcmlp.comm import make_collective, messages, open_exchange
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.comm.shared import SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import BenchConfig
 from hpcmlp.data.samples import Batch
-from hpcmlp.errors import ConfigError, flag
+from hpcmlp.errors import CannotWrite, ConfigError, flag
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
@@ -24,6 +24,7 @@ from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
 from hpcmlp.sync import Plan, make_strategy, plan
 from hpcmlp.sync.step import Step, hidden_share
+from hpcmlp.traffic import check_wire
 
 ROWS = 8192  # made-up samples a rank draws its batches from
 ACTS_ON = {"sizes": ("step", "gemm"), "global_batch_size": ("step", "gemm", "io"), "sync": ("step",),
@@ -36,6 +37,10 @@ def main(config: BenchConfig, comm: Any) -> int:
     with agreed(comm):
         _check(config, comm.size)
     topology = Topology(comm)
+    if config.calibrate:
+        calibrate(config, topology)
+        topology.free()
+        return 0
     timers = {"step": time_step, "comm": time_comm, "gemm": time_gemm, "io": time_io}
     result = timers[config.what](config, topology)
     if comm.rank == 0:
@@ -46,6 +51,11 @@ def main(config: BenchConfig, comm: Any) -> int:
 
 def _check(config: BenchConfig, size: int) -> None:
     """Raise ConfigError for what cannot be timed and for an option that would have no effect."""
+    if (config.what is None) == (config.calibrate is None):
+        raise ConfigError("bench times step, comm, gemm or io, or measures the machine with --calibrate FILE.json; "
+                          "give one of them.")
+    if config.calibrate is None and (config.watts or config.rounds != BenchConfig.rounds):
+        raise ConfigError("--watts and --rounds have no effect without --calibrate.")
     for name, whats in ACTS_ON.items():
         if config.what not in whats and getattr(config, name) != BenchConfig.__dataclass_fields__[name].default:
             raise ConfigError(f"{flag(name)} has no effect with bench {config.what}; it belongs to bench "
@@ -62,6 +72,36 @@ def _check(config: BenchConfig, size: int) -> None:
         raise ConfigError(f"--sizes {','.join(map(str, config.sizes))}: give at least two widths, input and output.")
     if config.what == "io" and config.data is None:
         raise ConfigError("bench io needs --data DIR, a data set directory made by 'hpcmlp prepare'.")
+
+
+def calibrate(config: BenchConfig, topology: Topology) -> None:
+    """Measure the machine and write its file, from rank 0. Collective."""
+    import datetime
+    import os
+    import platform
+
+    from hpcmlp.comm.topology import mpi_library
+    from hpcmlp.plan.machine import write_machine
+    from hpcmlp.run.calibrate import Calibration
+    begin = time.perf_counter()
+    threads = int(os.environ.get("OPENBLAS_NUM_THREADS", "1"))
+    directory = os.path.dirname(os.path.abspath(config.calibrate))
+    with agreed(topology.comm):
+        if topology.rank == 0 and not os.access(directory, os.W_OK):
+            raise CannotWrite(f"{directory}: cannot write here; name a file in a directory that can be written to.")
+    date = datetime.date.today().isoformat()
+    where = f"{topology.num_nodes} node{'s' * (topology.num_nodes > 1)} of {topology.local_size} rank(s)"
+    machine = Calibration(topology, threads, directory, config.rounds).run(
+        platform.node(), f"measured by hpcmlp bench --calibrate on {date}, {where}", config.watts,
+        {"date": date, "mpi": mpi_library(), "numpy": np.__version__, "python": platform.python_version(),
+         "nodes": topology.num_nodes})
+    with agreed(topology.comm):
+        if topology.rank == 0:
+            write_machine(config.calibrate, machine)
+    if topology.rank == 0:
+        taken = time.perf_counter() - begin
+        print(json.dumps({"what": "calibrate", "file": config.calibrate, "seconds": taken}) if config.json else
+              f"wrote {config.calibrate}: {machine.source}, in {taken:.0f} s", flush=True)
 
 
 def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:

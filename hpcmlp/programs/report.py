@@ -28,9 +28,25 @@ def main(config: ReportConfig, comm: Any) -> int:
                 print(_drawn(timeline.draw(ranks, directory / "timeline.png"), directory / "timeline.png"))
             elif traces:
                 print(f"timelines are drawn of one run at a time: {', '.join(map(str, traces))}")
-            for line in served(config.runs):
+            for line in [*planned(config.runs), *served(config.runs)]:
                 print(line)
     return 0
+
+
+def planned(runs: tuple[str, ...]) -> list[str]:
+    """Return the lines that set what was foretold beside what was measured, of runs that have finished. Local."""
+    import json
+
+    from hpcmlp.plan.compare import lines
+    told = []
+    for run in runs:
+        try:
+            summary = json.loads(Path(run, "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue    # not finished
+        if isinstance(summary, dict) and isinstance(summary.get("plan"), dict):
+            told += [f"{run}:", *lines(summary["plan"])]
+    return told
 
 
 def served(runs: tuple[str, ...]) -> list[str]:

@@ -17,6 +17,7 @@ from hpcmlp.errors import ConfigError, HpcmlpError, StoppedAndSaved
 from hpcmlp.launch import end_all
 from hpcmlp.run.account import Account
 from hpcmlp.run.coordinator import Console, check_alike, header, open_dataset, replica_error, versions
+from hpcmlp.run.forecast import Forecast
 from hpcmlp.run.judge import Judge
 from hpcmlp.run.numbers import MOST_SKIPS, ROLLBACK_FACTOR, judge, why_not_good
 from hpcmlp.run.options import FREE_ON_RESUME, check_fits
@@ -71,6 +72,8 @@ class Training:
         self.console = Console(parts.topology.rank == 0, config.progress)
         self.account = Account(parts, self.console, self._log)
         self.judge = Judge(parts, config.monitor)
+        self.forecast = Forecast(parts)
+        self._plan: dict[str, Any] | None = None    # foretold and measured, at the end (rank 0)
         self.trace: Any = None
         self._served: list[dict[str, Any]] = []  # what servers did, epoch by epoch (rank 0)
         self._reported = 0      # the step up to which they have told
@@ -89,6 +92,8 @@ class Training:
                 self._loop(flag)
             finally:
                 self.console.close()
+        if not self._lost:
+            self._plan = self.forecast.compare(self.account)
         self._finish()
         return 0
 
@@ -128,7 +133,8 @@ class Training:
                 from hpcmlp.run.writer import Writer
                 self.writer = Writer()
                 self.writer.start(lambda: self.session.make_room(p.val is not None))
-        self.console.line(header(header_rows(p)))
+        rows = header_rows(p)
+        self.console.line(header([*rows, self.forecast.line()] if p.topology.rank == 0 else rows))
         if p.exchange.note:
             self.console.line(p.exchange.note)
         if self.config.overlap and not p.plan.overlap:
@@ -422,6 +428,11 @@ class Training:
                 loader = p.open_loader("test")
             test = self.judge.evaluate(loader, flat)
             self.console.line("test " + "  ".join(f"{k} {v:.4f}" for k, v in test.items() if isinstance(v, float)))
+        if self._plan is not None:
+            from hpcmlp.plan import compare
+            self._log({"kind": "plan", **self._plan})
+            for line in compare.lines(self._plan):
+                self.console.line(line)
         with agreed(p.comm):
             if self.directory is not None:
                 self._write_summary(flat, test)
@@ -436,7 +447,7 @@ class Training:
         if note:
             self.console.line(note)
         self.directory.write("summary.json",
-                             to_json(summary(self.parts, self.account, flat, test, self._served)) + "\n")
+                             to_json(summary(self.parts, self.account, flat, test, self._served, self._plan)) + "\n")
 
 
 assert {f.name for f in fields(TrainConfig)} >= FREE_ON_RESUME, "FREE_ON_RESUME names options"

@@ -37,7 +37,9 @@ class Account:
         self._print_due = False
         self._comm_s, self._flight_s = np.zeros(2), np.zeros(2)   # of this epoch, of this run
         self._step_times: deque[float] = deque(maxlen=LAST_STEPS)
+        self._step_parts: deque[tuple[float, ...]] = deque(maxlen=LAST_STEPS)
         self._epoch_rows = self._epoch_s = 0.0
+        self.bytes_sent = 0     # by this rank in a step that did not log
 
     @property
     def last_step_s(self) -> float:
@@ -48,6 +50,13 @@ class Account:
     def median_step_s(self) -> float:
         """Median seconds of the last steps, 0 before the first. Local."""
         return float(np.median(list(self._step_times))) if self._step_times else 0.0
+
+    @property
+    def median_parts_s(self) -> dict[str, float]:
+        """Median seconds of this rank's compute, comm and input in the last steps; empty before the first. Local."""
+        if not self._step_parts:
+            return {}
+        return dict(zip(self._spent, np.median(list(self._step_parts), axis=0).tolist(), strict=True))
 
     @property
     def hidden(self) -> float:
@@ -79,6 +88,9 @@ class Account:
         mean = {name: seconds / result.steps for name, seconds in since.items()}
         self._since = dict.fromkeys(since, 0.0)
         self._step_times.append(mean["step"])
+        self._step_parts.append(tuple(mean[name] for name in self._spent))
+        if not log:
+            self.bytes_sent = result.bytes_sent
         self._epoch_rows += result.rows
         if result.skipped:
             progress.skipped += result.steps

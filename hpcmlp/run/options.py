@@ -6,18 +6,18 @@
 from collections.abc import Iterable
 from typing import Any
 
-from hpcmlp.comm import check_wire
 from hpcmlp.data.manifest import Manifest
 from hpcmlp.errors import ConfigError, DataError, flag
 from hpcmlp.nn.losses import Loss, balanced_class_weights, default_loss
+from hpcmlp.traffic import check_wire
 
 # Options that a resumed run may change: they alter how long or how fast it runs, not what a step computes
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
                   "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "watchdog", "trace",
-                  "trace_steps",
-                  "servers", "staleness", "staleness_lr", "worker_timeout", "on_nonfinite"}
+                  "trace_steps", "servers", "staleness", "staleness_lr", "worker_timeout", "on_nonfinite", "machine",
+                  "network"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 
 

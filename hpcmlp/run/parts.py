@@ -16,6 +16,7 @@ from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
 from hpcmlp.nn.schedules import DEFAULTS as SCHEDULES
 from hpcmlp.nn.schedules import Schedule
 from hpcmlp.ops import open_ops
+from hpcmlp.plan.workload import EVALUATION_ROWS, Workload, from_options, num_steps
 from hpcmlp.run.options import chosen, make_loss
 from hpcmlp.run.session import Session
 from hpcmlp.sync import Plan, make_strategy, plan
@@ -23,8 +24,6 @@ from hpcmlp.sync.buckets import Bucket
 from hpcmlp.sync.control import ControlWords
 from hpcmlp.sync.step import Step
 
-DEFAULT_EPOCHS = 10
-EVALUATION_ROWS = 1024
 LOST_TAG = 21    # of the communicator that survivors make
 
 
@@ -63,12 +62,11 @@ class Parts:
                                     config.activation, config.dropout, config.layer_norm, config.residual)
             self.local = config.local_steps > 1 or config.outer_optimizer != "none"
             self.steps_per_epoch = self.loader.steps_per_epoch
-            epochs = DEFAULT_EPOCHS if config.epochs is None else config.epochs
-            self.total_steps = epochs * self.steps_per_epoch if config.steps is None else config.steps
+            self.total_steps = num_steps(config, self.steps_per_epoch)
             self.schedule = self._schedule()
             self._hyper = chosen(config, f"--optimizer {config.optimizer}", HYPER[config.optimizer], HYPER)
-            empty = make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self._hyper)
-            self._require_memory(len(empty.state))
+            make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self._hyper)   # checks
+            self._require_memory()
         self._plan_step()
 
     def open_loader(self, split: str) -> Loader:
@@ -96,31 +94,21 @@ class Parts:
             options["interval"] = self.steps_per_epoch
         return Schedule(c.schedule, c.lr, self.total_steps, c.warmup_steps, **options)
 
-    def _require_memory(self, moments: int) -> None:
-        """Raise Unavailable when the network's vectors and activations cannot fit beside those of this node's ranks."""
-        t, sizes = self.topology, self.spec.sizes
-        flat = 4 * self.spec.layout().size
-        owners = 1 if self.config.full_update or self.local else t.size
-        # params, grads, moments, best; with local steps also where the ranks last met, and its momentum
-        vectors = flat * (2 + moments / owners + (self.manifest.rows("val") > 0) + 2 * self.local)
-        if self.roles is not None and t.rank < self.roles.servers:
-            # Slices of moments, and of what every worker sends and gets out of step.
-            vectors += flat * (moments / self.roles.servers - moments / owners)
-            if self.config.staleness not in (None, "0"):
-                vectors += 2 * flat * len(self.roles.workers) / self.roles.servers
-        if self.config.wire != "float32" and (t.num_nodes > 1 or self.config.sync == "ring"):
-            vectors += flat * (1 + 1 / t.size + 1)  # residuals, masters, messages of both halves
-        if t.rank == 0:  # the copy that is written to checkpoints
-            copied = 1 + moments + (self.manifest.rows("val") > 0) + (self.config.ema is not None)
-            vectors += flat * copied / t.local_size
-        rows = -(-self.loader.local_rows_max // self.config.accumulate)
-        needed = int(vectors + 8 * rows * sum(sizes))
-        available = available_bytes()
-        if self.config.device == "cpu" and available is not None and needed * t.local_size > available:
-            raise Unavailable(f"the network {'-'.join(map(str, sizes))} with local batches of {rows} rows needs about "
-                              f"{needed / 2**30:,.1f} GiB on each of the node's {t.local_size} ranks, and "
-                              f"{available / 2**30:,.1f} GiB are free on {t.host}; use smaller --hidden or "
-                              "--global-batch-size, --accumulate, or fewer ranks per node.")
+    def workload(self, sync: str) -> Workload:
+        """Return this run as `hpcmlp.plan` describes it, with the collectives `sync`. Local."""
+        return from_options(self.config, self.manifest, self.spec, self.loss.kind, self._hyper, self.topology.size,
+                            self.topology.local_size, sync)
+
+    def _require_memory(self) -> None:
+        """Raise Unavailable when what this node's ranks are about to make cannot fit beside what they hold."""
+        t, available = self.topology, available_bytes()
+        if self.config.device != "cpu" or available is None or t.local_rank:
+            return
+        from hpcmlp.plan.fit import shortage  # one rank of a node reckons
+        sync = self.config.sync if self.config.sync != "auto" else "shared" if t.local_size > 1 else "ring"
+        missing = shortage(self.workload(sync), available, f"{t.host} now", already=("data", "process"))
+        if missing:
+            raise Unavailable(missing)
 
     def _plan_step(self) -> None:
         """Make the network, the strategy, the optimizer and every buffer of the step."""

@@ -84,7 +84,7 @@ def _storage(p: Parts) -> dict[str, Any]:
 
 
 def summary(p: Parts, account: Account, flat: np.ndarray, test: dict[str, Any],
-            served: list[dict[str, Any]]) -> dict[str, Any]:
+            served: list[dict[str, Any]], plan: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the content of summary.json, the durable record of success, for a run that has finished. Local.
 
     flat : the host parameters that the run recommends; test : their metrics; served : what servers did, by epoch.
@@ -102,7 +102,7 @@ def summary(p: Parts, account: Account, flat: np.ndarray, test: dict[str, Any],
             "parameters_sha256": layout.sha256(flat),
             "num_params": layout.num_params,
             "samples_per_s": min(c.global_batch_size, p.manifest.rows("train")) / median if median else None,
-            "step_s": median, "wall_s": progress.seconds, "versions": versions()}
+            "step_s": median, **({"plan": plan} if plan else {}), "wall_s": progress.seconds, "versions": versions()}
 
 
 def _served(p: Parts, served: list[dict[str, Any]]) -> dict[str, Any]:

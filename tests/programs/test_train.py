@@ -173,7 +173,7 @@ WRONG = [
     (("--loss", "mean_squared"), 78, "does not fit classification"),
     (("--warmup-steps", "100000"), 78, "does not fit"),
     (("--monitor", "happiness"), 78, "not a validation metric"),
-    (("--hidden", "16777216,16777216"), 69, "GiB are free"),
+    (("--hidden", "16777216,16777216"), 69, "are missing"),
     (("--device", "gpu"), 69, "--device gpu"),
     (("--data", "/nowhere"), 66, "no such file"),
 ]

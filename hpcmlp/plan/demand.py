@@ -1,0 +1,200 @@
+"""What a run demands: parameters, floating-point operations, memory, storage and traffic, from the recorded step.
+
+Memory counts what is touched: arrays that the code makes and uses, as the recording counted them, the samples, and the
+process itself. Traffic is that of the buckets as they are cut, by the rules of `hpcmlp.traffic`: exact, byte for byte.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpcmlp import traffic
+from hpcmlp.data.order import Order
+from hpcmlp.plan.record import Op, Recording, Transfer
+from hpcmlp.plan.workload import EVALUATION_ROWS, Workload
+
+PROCESS_BYTES = 60e6    # of a rank without arrays, where no machine file says it: interpreter, libraries, MPI
+# float32 that an operation reads and writes for each element of its main array; others 2.
+MOVED = {"adam": 7, "momentum": 5, "rmsprop": 5, "finite": 1, "sum_squares": 1, "column_sum": 1, "checksum": 1,
+         "add": 3, "ema": 3, "dropout": 2, "relu_backward": 3, "gelu_backward": 3}
+SMALLEST_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: `rank`, by part, of the rank that holds most; `node`, of all ranks of a node; and for a moment more.
+
+    `copy` is what rank 0 keeps for saving, counted in the first node's `node`; `moment` is what the final evaluation
+    adds there while it lasts.
+    """
+
+    rank: dict[str, int]
+    node: int
+    copy: int
+    moment: int
+
+    @property
+    def rank_bytes(self) -> int:
+        """All parts of a rank together."""
+        return sum(self.rank.values())
+
+
+def count_params(w: Workload) -> tuple[list[int], int]:
+    """Return the parameters of each layer, and of all. Local."""
+    layers = w.spec.layer_params()
+    return layers, sum(layers)
+
+
+def forward_flops(w: Workload) -> int:
+    """Return the floating-point operations of one sample's way through the network. Local."""
+    return sum(2 * a * b for a, b in zip(w.spec.sizes, w.spec.sizes[1:], strict=False))
+
+
+def moved_bytes(recording: Recording) -> int:
+    """Return the bytes that a rank's step reads and writes at least, each operand of an operation once. Local."""
+    total = 0
+    for event in recording.events:
+        if isinstance(event, Op):
+            m, k, n = event.product or (0, 0, 0)
+            total += 4 * (m * k + k * n + m * n) if event.product else 4 * MOVED.get(event.name, 2) * event.elements
+    return total
+
+
+def memory(w: Workload, recording: Recording, process_bytes: float | None = None) -> Memory:
+    """Return the memory of `w`, whose step was recorded. Local.
+
+    process_bytes : what a rank holds before it makes its arrays (a machine file's), None: PROCESS_BYTES.
+    """
+    flat = recording.held["parameters"]
+    local = min(w.ranks, w.ranks_per_node)
+    owned = flat if w.whole else -(-flat // w.ranks)
+    shared = w.sync == "shared" and not w.full_update
+    rank = {"parameters": flat, "gradients": flat, "optimizer": recording.held.get("optimizer", 0),
+            "activations": _activations(w, recording), "data": data_bytes(w), "messages": _messages(w, recording),
+            "process": int(PROCESS_BYTES if process_bytes is None else process_bytes)}
+    if w.rows[1]:
+        rank["best state"] = owned
+    if w.is_local:
+        rank["where ranks last met"] = flat * (1 + w.outer)
+    if w.sync == "server":
+        rank |= _served(w, flat, recording)
+    common = flat if shared else 0
+    node = local * (sum(rank.values()) - common) + common
+    evaluation = flat + 4 * min(EVALUATION_ROWS, max(w.rows[1:])) * sum(w.spec.sizes[1:]) if any(w.rows[1:]) else 0
+    copy = flat * (1 + state_vectors(w) + w.ema + bool(w.rows[1]) + w.is_local * w.outer)
+    return Memory({name: int(value) for name, value in rank.items() if value}, int(node + copy), copy, int(evaluation))
+
+
+def state_vectors(w: Workload) -> int:
+    """Return how many vectors of all parameters' length the optimizer keeps. Local."""
+    own = {"adam": 2, "adamw": 2, "lamb": 2, "rmsprop": 1, "adagrad": 1, "lars": 1, "sgd": 0}[w.optimizer]
+    return own + bool(w.hyper.get("momentum")) * (w.optimizer in ("sgd", "rmsprop"))
+
+
+def _activations(w: Workload, recording: Recording) -> int:
+    """Buffers as far as they are used: those of backward only by the rows of a training batch."""
+    micro = -(-w.local_rows // w.accumulate)
+    used = recording.held.get("backward", 0) * micro / max(1, w.network_rows)
+    return int(recording.held.get("activations", 0) + used)
+
+
+def data_bytes(w: Workload) -> int:
+    """Return the bytes of samples that rank 0 keeps: the shards that it touches, and its share of the others. Local."""
+    val = -(-w.rows[1] // w.ranks) * w.row_bytes
+    if not w.shard_rows or not w.row_bytes:
+        held = -(-w.rows[0] // w.workers) * w.row_bytes
+    else:
+        order = Order(list(w.shard_rows), w.global_batch_size, 0, True, None)
+        held = sum(w.shard_rows[s] for s in order.touched(0, w.workers)) * w.row_bytes
+    if w.memory_limit is not None:
+        held, val = min(held, w.memory_limit), min(val, w.memory_limit)
+    return held + val
+
+
+def _messages(w: Workload, recording: Recording) -> int:
+    """Work buffers of the ring, and with a narrow wire what it keeps of every element."""
+    size = w.nodes if w.sync == "shared" else w.ranks
+    if size == 1 or w.sync in ("native", "server"):
+        return 0
+    flat = recording.held["parameters"]
+    share = flat // min(w.ranks, w.ranks_per_node) if w.sync == "shared" else flat
+    buffers = 0
+    for bucket in recording.planned.buckets:
+        part = int(max(bucket.bounds[1:] - bucket.bounds[:-1]))
+        buffers += 2 * min(traffic.SEGMENT_BYTES, 4 * part)
+    if w.wire != "float32":
+        narrow = traffic.part_bytes(share // 4, w.wire)
+        buffers += share + flat // w.ranks + narrow * (size - 1) // size + narrow
+    return buffers
+
+
+def _served(w: Workload, flat: int, recording: Recording) -> dict[str, int]:
+    """What a server holds more than a worker: out of step a slice from every worker, and one for it."""
+    more = {"pushes": 2 * flat * w.workers // w.servers} if w.staleness else {}
+    return {**more, "optimizer": recording.held.get("optimizer", 0) * w.ranks // w.servers}
+
+
+def storage(w: Workload, data_on_disk: int) -> dict[str, int]:
+    """Return bytes on disk: the data set, a checkpoint, and all checkpoints that are kept. Local."""
+    _, params = count_params(w)
+    one = 4 * params * (1 + state_vectors(w) + w.ema + bool(w.rows[1]))
+    return {"data": data_on_disk, "checkpoint": one, "checkpoints": one * (w.keep + bool(w.rows[1]))}
+
+
+def sent_bytes(w: Workload, recording: Recording, rank: int = 0) -> int:
+    """Return the bytes that `rank` hands to others in a step, control words included; exact for ring and shared.
+
+    Local. With shared they are those between nodes. A call of the MPI library counts as what the rank gives it.
+    """
+    if w.is_local:
+        return _meeting_bytes(w) // w.local_steps
+    total = 0
+    for event in recording.events:
+        if isinstance(event, Transfer) and event.action != "wait":
+            total += _transfer_bytes(w, event, rank)
+    return total
+
+
+def _transfer_bytes(w: Workload, event: Transfer, rank: int) -> int:
+    size, one_node = w.ranks, w.nodes == 1
+    if event.half == "sum":
+        if w.sync == "shared":
+            return traffic.together_sends(8, w.nodes)
+        return traffic.together_sends(8, size)
+    bounds = np.asarray(event.bounds)
+    if w.sync == "shared":
+        if one_node:
+            return 0
+        local, cross = rank % w.ranks_per_node, rank // w.ranks_per_node
+        inner = bounds[local * w.nodes:(local + 1) * w.nodes + 1]
+        size, rank, bounds, one_node = w.nodes, cross, inner - inner[0], False
+    elements = int(bounds[-1] - bounds[0])
+    small = event.half == "reduce" and w.wire == "float32" and event.action == "run" and \
+        4 * elements * traffic.REDUCE_SHARE <= traffic.small_limit(size, one_node)
+    if small and w.sync in ("ring", "shared"):
+        return traffic.together_sends(4 * elements, size, event.words)
+    if event.half == "reduce":
+        return traffic.reduce_sends(bounds, rank, w.wire, event.words)
+    return traffic.gather_sends(bounds, rank, w.wire)
+
+
+def _meeting_bytes(w: Workload) -> int:
+    from hpcmlp.sync.buckets import part_bounds
+    bounds = part_bounds(w.spec.layout().size, w.ranks)
+    return traffic.reduce_sends(bounds, 0, w.wire, 9) + traffic.gather_sends(bounds, 0, w.wire)
+
+
+def summary(w: Workload, recording: Recording, found: Memory, data_on_disk: int) -> dict[str, Any]:
+    """Return all of it as plain values, for JSON. Local."""
+    layers, total = count_params(w)
+    moved = moved_bytes(recording)
+    step = recording.flops * w.workers
+    return {"parameters": total, "parameters_per_layer": layers, "flops_per_sample": recording.flops / w.local_rows,
+            "flops_per_step": step, "flops_per_epoch": step * w.steps_per_epoch, "flops_per_run": step * w.steps,
+            "inference_flops_per_sample": forward_flops(w), "intensity_flops_per_byte": recording.flops / moved,
+            "memory_bytes_per_rank": found.rank_bytes, "memory_parts": found.rank, "memory_bytes_per_node": found.node,
+            "memory_copy_bytes": found.copy,
+            "memory_moment_bytes": found.moment, "storage_bytes": storage(w, data_on_disk),
+            "sent_bytes_per_rank_and_step": sent_bytes(w, recording),
+            "buckets": len(recording.planned.buckets), "overlap": recording.planned.overlap}

@@ -1,0 +1,100 @@
+"""Memory, traffic and storage: against hand-made examples, and against what running collectives count."""
+
+import numpy as np
+import pytest
+
+from hpcmlp import traffic
+from hpcmlp.nn.network import NetworkSpec
+from hpcmlp.plan import demand
+from hpcmlp.plan.record import record
+from hpcmlp.plan.workload import Workload
+
+
+def test_parameters_of_the_articles_example(workload):
+    layers, total = demand.count_params(workload((784, 256, 256, 10)))
+    assert layers == [200_960, 65_792, 2_570] and total == 269_322
+
+
+def test_memory_by_hand(workload):
+    """One hidden layer whose tensors need no padding: 32 x 16 + 16 and 16 x 16 + 16 parameters of 4 bytes."""
+    w = workload((32, 16, 16), ranks=2, batch=20, sync="shared", rows=(100, 0, 0), row_bytes=32 * 4 + 4)
+    found = demand.memory(w, record(w), process_bytes=1000)
+    flat = 4 * (32 * 16 + 16 + 16 * 16 + 16)
+    # 10 samples a rank: inputs, activations and logits, gradient of the logits, and one buffer of gradients behind.
+    activations = 4 * 10 * (32 + 16 + 16 + 16 + 16)
+    assert found.rank == {"parameters": flat, "gradients": flat, "optimizer": flat, "activations": activations,
+                          "data": 50 * 132, "process": 1000}
+    assert found.copy == 3 * flat       # parameters and two moments, for saving
+    assert found.node == flat + 2 * (2 * flat + activations + 50 * 132 + 1000) + found.copy
+
+
+def test_ring_and_full_update_hold_more_than_shared_memory(workload):
+    def node(**options):
+        w = workload((256, 512, 10), ranks=4, batch=64, **options)
+        return demand.memory(w, record(w), 0).node
+
+    flat = 4 * workload((256, 512, 10)).spec.layout().size
+    assert node(sync="ring") - node(sync="shared") >= 3 * flat
+    assert node(sync="ring", full_update=True) - node(sync="ring") == pytest.approx(4 * 2 * flat * 3 / 4, rel=0.01)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("sizes, wire, bucket_mb", [
+    ((20, 12, 3), "float32", None), ((64, 512, 64, 5), "float32", 0.05), ((64, 512, 64, 5), "bf16", None),
+    ((64, 512, 64, 5), "int8", 0.05), ((1, 1), "float32", None), ((300, 300, 10), "float32", None)])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_the_ring_sends_what_was_foretold_to_the_byte(comm, sizes, wire, bucket_mb, clip):
+    """A real step with real messages; the ring counts the bytes that it hands to MPI (checked in test_bytes)."""
+    from hpcmlp.comm import open_exchange
+    from hpcmlp.comm.topology import Topology
+    from hpcmlp.data.samples import Batch
+    from hpcmlp.nn.losses import Loss
+    from hpcmlp.nn.network import Network
+    from hpcmlp.nn.optimizers import make_optimizer
+    from hpcmlp.ops.host import HostOps
+    from hpcmlp.sync import make_strategy, plan
+    from hpcmlp.sync.step import Step
+    topology, spec, rows, ops = Topology(comm), NetworkSpec(sizes), 4, HostOps()
+    exchange = open_exchange("ring", topology, spec.layout().size, np.float32, wire=wire)
+    planned = plan(spec, exchange.collective, comm.size, topology.num_nodes, bucket_mb)
+    network = Network(spec, ops, rows, exchange.params, exchange.grads, piece=planned.piece)
+    strategy = make_strategy(False, exchange.collective.narrow)(exchange.collective, planned.buckets, comm.size,
+                                                                network.params, network.grads, ops)
+    optimizer = make_optimizer("adam", ops, spec.layout(), strategy.ranges, np.float32)
+    step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows, clip_norm=clip)
+    x = np.ones((rows, sizes[0]), np.float32)
+    batch = Batch(rows, 0, rows, x, np.arange(rows), np.zeros(rows, np.int32), None)
+    foretold = Workload(spec, comm.size, comm.size, rows * comm.size, optimizer="adam", sync="ring",
+                        bucket_mb=bucket_mb, wire=exchange.wire, clip_norm=clip)
+    for number in range(3):
+        result = step.run(batch, number, 1e-3)
+        assert not result.skipped
+        assert result.bytes_sent == demand.sent_bytes(foretold, record(foretold), comm.rank)
+    exchange.collective.free()
+    topology.free()
+
+
+def test_shared_memory_sends_nothing_on_a_node_and_a_share_between_nodes(workload):
+    alone = workload((256, 512, 10), ranks=4, sync="shared")
+    assert demand.sent_bytes(alone, record(alone)) == 0
+    w = workload((256, 512, 10), ranks=8, per_node=4, sync="shared", overlap=False)
+    flat = 4 * w.spec.layout().size
+    # (N - 1)/N of a local rank's share in each half, and 9 words of 8 bytes; parts are cut at 16 elements.
+    assert demand.sent_bytes(w, record(w)) == pytest.approx(2 * flat / 4 / 2 + 72, abs=2 * 64 + 1)
+
+
+def test_local_steps_send_one_meeting_in_so_many_steps(workload):
+    every, rarely = workload(ranks=4, local_steps=2), workload(ranks=4, local_steps=8)
+    sent = demand.sent_bytes(every, record(every))
+    assert demand.sent_bytes(rarely, record(rarely)) == pytest.approx(sent / 4, abs=1)
+
+
+def test_a_checkpoint_holds_whole_arrays(workload):
+    w = workload((784, 256, 10), rows=(1000, 100, 0))
+    # parameters, two moments, the best parameters
+    assert demand.storage(w, 5)["checkpoint"] == 4 * 4 * 203_530 and demand.storage(w, 5)["data"] == 5
+
+
+def test_a_message_of_int8_carries_its_scales():
+    assert traffic.part_bytes(2**18, "int8") == 2**18 + 4 * 2**10
+    assert traffic.part_bytes(2**18 + 1, "int8") == 2**18 + 4 * 2**10 + 1 + 4

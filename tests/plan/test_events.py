@@ -1,0 +1,89 @@
+"""The event model on a machine of round numbers, where every time can be added up by hand."""
+
+import pytest
+
+from hpcmlp.errors import ConfigError
+from hpcmlp.plan.events import step_time
+from hpcmlp.plan.record import Op, record
+from hpcmlp.sync.overlap import INTERVAL_S
+
+RATE, PASS_S, HOP_S = 1e9, 1e-9, 1e-3       # of conftest's machine
+LATENCY_S, S_PER_BYTE = 1e-4, 1e-8
+
+
+def test_a_rank_alone_takes_the_sum_of_its_operations(workload, machine):
+    w = workload((20, 12, 3), batch=64)
+    events = [e for e in record(w).events if isinstance(e, Op)]
+    found = step_time(w, machine)
+    assert found.parts["products"] == pytest.approx(sum(e.flops for e in events) / RATE)
+    assert found.parts["passes"] + found.parts["update"] == pytest.approx(
+        sum(e.elements * PASS_S for e in events if not e.product))
+    assert found.parts["comm"] == 0 and found.step_s == pytest.approx(sum(found.parts.values()))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_ring_on_a_node_takes_p_minus_1_hops_in_each_half(workload, machine, ranks):
+    w = workload((300, 300, 10), ranks=ranks, batch=60)
+    assert step_time(w, machine).parts["comm"] == pytest.approx(2 * (ranks - 1) * HOP_S)
+
+
+def test_a_small_array_takes_one_call_for_its_reduction(workload, machine):
+    w = workload((20, 12, 3), ranks=2)
+    assert step_time(w, machine).parts["comm"] == pytest.approx(2 * HOP_S)      # "together", and a hop to gather
+
+
+def test_between_nodes_every_byte_takes_the_links_time(workload, machine):
+    w = workload((300, 300, 10), ranks=4, per_node=1, batch=60, overlap=False)
+    part = 4 * max(record(w).planned.buckets[0].bounds[1:] - record(w).planned.buckets[0].bounds[:-1])
+    assert step_time(w, machine).parts["comm"] == pytest.approx(6 * (LATENCY_S + part * S_PER_BYTE), rel=0.2)
+
+
+def test_ranks_of_a_node_share_its_link(workload, machine):
+    spread = workload((1000, 1000, 10), ranks=8, per_node=1, batch=64, overlap=False)
+    packed = workload((1000, 1000, 10), ranks=8, per_node=4, batch=64, overlap=False, sync="shared")
+    # 8 parts around 8 links against half of everything over 2 links, by 4 ranks each: 7/8 and 4/8 of the bytes.
+    n = 4 * packed.spec.layout().size * S_PER_BYTE
+    assert step_time(spread, machine).parts["comm"] == pytest.approx(2 * 7 / 8 * n, rel=0.1)
+    assert step_time(packed, machine).parts["comm"] == pytest.approx(2 * 4 / 8 * n, rel=0.1)
+
+
+def test_messages_behind_computing_cost_only_what_is_left(workload, machine):
+    """With much to compute everything but the last bucket's way and the first one's way back is hidden."""
+    def comm(**options):
+        w = workload((1000, 1000, 1000, 10), ranks=2, per_node=1, batch=4096, **options)
+        return step_time(w, machine)
+
+    blocking, overlapped = comm(overlap=False), comm(overlap=True, bucket_mb=1.0)
+    assert overlapped.parts["comm"] < 0.5 * blocking.parts["comm"]
+    assert overlapped.hidden_s >= blocking.parts["comm"] * 0.8
+    last = LATENCY_S + 2**19 * S_PER_BYTE + INTERVAL_S / 2
+    assert overlapped.parts["comm"] > last
+
+
+def test_overlap_never_beats_both_bounds(workload, machine):
+    for batch in (16, 256, 4096):
+        w = workload((1000, 1000, 10), ranks=4, per_node=1, batch=batch, overlap=True, bucket_mb=0.5)
+        found = step_time(w, machine)
+        wire = 2 * 3 / 4 * 4 * w.spec.layout().size * S_PER_BYTE
+        compute = sum(machine.op_s(e, 1) for e in record(w, links=machine.links).events if isinstance(e, Op))
+        assert found.step_s >= 0.999 * max(wire, compute)
+
+
+def test_half_the_bytes_on_the_wire_take_half_the_time(workload, machine):
+    wide, narrow = (step_time(workload((1000, 1000, 10), ranks=4, per_node=1, batch=64, overlap=False, wire=wire),
+                              machine).parts["comm"] for wire in ("float32", "bf16"))
+    assert narrow == pytest.approx(wide / 2, rel=0.1)
+
+
+def test_ranks_without_a_core_each_take_turns(workload, machine):
+    four = step_time(workload((300, 300, 10), ranks=4, batch=64), machine)
+    eight = step_time(workload((300, 300, 10), ranks=8, per_node=8, batch=128), machine)
+    assert eight.parts["products"] == pytest.approx(2 * four.parts["products"])
+
+
+def test_what_the_machine_file_does_not_know_is_an_error(workload, machine):
+    from dataclasses import replace
+    with pytest.raises(ConfigError, match="links between nodes"):
+        step_time(workload(ranks=8, per_node=4), replace(machine, net={}))
+    with pytest.raises(ConfigError, match="one rank on a node"):
+        step_time(workload(ranks=2), replace(machine, node={}))
