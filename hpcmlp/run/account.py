@@ -15,7 +15,7 @@ from hpcmlp.sync.step import StepResult, hidden_share
 
 LAST_STEPS = 10_000  # whose times give the median step of the summary
 SLOW = 1.5           # times the usual seconds of computing and input make a rank a slow one
-SLOW_SHARE = 0.1     # of an epoch that a slow rank must cost to be named
+SLOW_SHARE, SLOW_LEAST_S = 0.1, 0.5    # of an epoch, and seconds, that a slow rank must cost to be named
 
 
 class Account:
@@ -135,7 +135,7 @@ class Account:
         progress, steps = p.session.progress, p.config.steps
         train_loss = progress.loss_sum / progress.weight_sum if progress.weight_sum else float("nan")
         progress.loss_sum = progress.weight_sum = 0.0
-        rate = self._epoch_rows / self._epoch_s
+        rate = self._epoch_rows / self._epoch_s if self._epoch_s else 0.0    # survivors may begin at its end
         hidden = hidden_share(self._comm_s[0], self._flight_s[0])
         self._comm_s[0] = self._flight_s[0] = 0.0
         epoch_s = self._epoch_s
@@ -159,6 +159,6 @@ class Account:
         slow = np.flatnonzero(busy > SLOW * usual)
         self._log({"kind": "ranks", "epoch": epoch + 1, "step": p.session.progress.step, "compute_s": compute.tolist(),
                    "input_s": read.tolist(), "wait_s": wait.tolist(), "slow": [int(rank) for rank in slow]})
-        for rank in (r for r in slow[:3] if busy[r] - usual > SLOW_SHARE * epoch_s):
+        for rank in (r for r in slow[:3] if usual and busy[r] - usual > max(SLOW_SHARE * epoch_s, SLOW_LEAST_S)):
             self._console.line(f"rank {rank} is slow: {busy[rank]:.2f} s of computing and input this epoch, "
                                f"{busy[rank] / usual:.1f} times the usual")

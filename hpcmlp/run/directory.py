@@ -27,22 +27,25 @@ class RunDirectory:
 
     Local. Claims the directory with a `lock` file (O_EXCL; host, process, job, time of the last sign of life), so that
     two runs never write into one directory. A lock is taken over when its process is dead on this host, when it
-    belongs to this SLURM job, or when it gave no sign of life for five minutes.
+    belongs to this SLURM job, when it gave no sign of life for five minutes, or by the `heir` of its rank.
 
     Raises
     ------
     CannotWrite : the directory is in use, cannot be written, or holds a run while `resume` is False.
     """
 
-    def __init__(self, path: str | os.PathLike, resume: bool):
+    def __init__(self, path: str | os.PathLike, resume: bool, heir: bool = False):
         from pathlib import Path  # on the one rank that writes: its import costs 40 calls to the file system
         self.path = Path(path)
         self._made = not self.path.exists()
+        if heir:        # the survivors agree that the owner is dead
+            self._lock.unlink(missing_ok=True)
         self._claim()
         self._log = None
         self._looked = 0.0
         try:
-            if not resume and (checkpoint.list_checkpoints(self.path) or (self.path / "summary.json").exists()):
+            held = checkpoint.list_checkpoints(self.path) or (self.path / "summary.json").exists()
+            if held and not (resume or heir):
                 raise CannotWrite(f"{self.path}: holds a run already; give --resume to go on with it, or another "
                                   "--out.")
             checkpoint.remove_leftovers(self.path)
@@ -150,14 +153,19 @@ class RunDirectory:
             return False
         return True
 
-    def open_log(self, restored_step: int | None) -> None:
-        """Open metrics.jsonl for appending; lines past `restored_step` are dropped (all lines when it is None). Local.
+    def open_log(self, restored_step: int | None, redo: bool = False) -> None:
+        """Open metrics.jsonl for appending; lines past `restored_step` are dropped (all lines when it is None).
+
+        Local. With `redo` those are dropped too that the end of an epoch wrote at that very step.
         """
+        if self._log is not None:
+            self._log.close()
         path = self.path / "metrics.jsonl"
         kept = b""
         if restored_step is not None and path.exists():
             kept = b"".join(line for line in path.read_bytes().splitlines(keepends=True)
-                            if line.endswith(b"\n") and _step_of(line) <= restored_step)
+                            if line.endswith(b"\n") and _step_of(line) <= restored_step
+                            and not (redo and _ends_epoch(line, restored_step)))
         write_atomically(path, kept)
         if self._log is not None:
             self._log.close()
@@ -205,6 +213,11 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line).get("step", -1))
     except (ValueError, AttributeError, TypeError):
         return math.inf
+
+
+def _ends_epoch(line: bytes, step: int) -> bool:
+    record = json.loads(line)
+    return record.get("step") == step and record.get("kind") in ("epoch", "ranks")
 
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> None:

@@ -1,8 +1,8 @@
 """Faults on purpose, for tests: HPCMLP_FAULT="rank=1,step=40,act=kill" in the environment.
 
-`rank` and `step` select where; without them every rank, every step. `act` is one of: kill, stop (SIGSTOP), spin (for
-ever), hold (hours of C code that keeps the interpreter), sleep:SECONDS, signal:NAME (such as SIGUSR1, to this rank
-alone), raise, exit:CODE, flip (one bit of the parameters), nan (a parameter), scale:FACTOR (all
+`rank` (one, or several as 1+2) and `step` select where; without them every rank, every step. `act` is one of: kill,
+stop (SIGSTOP), spin (for ever), hold (hours of C code that keeps the interpreter), sleep:SECONDS, signal:NAME (such as
+SIGUSR1, to this rank alone), raise, exit:CODE, flip (one bit of the parameters), nan (a parameter), scale:FACTOR (all
 parameters), leave (a worker out of step says good-bye). With a step it is done once. Unset, it costs one `is None` a
 step.
 """
@@ -63,7 +63,7 @@ def planned_fault(rank: int) -> Fault | None:
     try:
         words = dict(word.split("=", 1) for word in text.split(","))
         step = int(words["step"]) if "step" in words else None
-        own = int(words.get("rank", rank)) == rank
+        own = str(rank) in words.get("rank", str(rank)).split("+")
         if words["act"].split(":")[0] not in ACTS:
             raise ValueError
     except (ValueError, KeyError):

@@ -15,9 +15,9 @@ from hpcmlp.traffic import check_wire
 # (but for its rounding).
 FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", "validate_every", "checkpoint_every",
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
-                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "watchdog", "trace",
-                  "trace_steps", "servers", "staleness", "staleness_lr", "worker_timeout", "on_nonfinite", "machine",
-                  "network"}
+                  "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "watchdog", "elastic",
+                  "trace", "trace_steps", "servers", "staleness", "staleness_lr", "worker_timeout", "on_nonfinite",
+                  "machine", "network"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 
 
@@ -42,6 +42,14 @@ def check_fits(config: Any, manifest: Manifest, size: int) -> None:
     if config.on_nonfinite != "skip" and config.staleness not in (None, "0"):
         raise ConfigError(f"--on-nonfinite {config.on_nonfinite} needs ranks in step; with --staleness above 0 such "
                           "gradients are skipped.")
+    odd = [name for name, given in {
+        f"--sync {config.sync}": config.sync not in ("auto", "native"), "--local-steps": config.local_steps > 1,
+        "--outer-optimizer": config.outer_optimizer != "none", "--overlap": bool(config.overlap),
+        f"--wire {config.wire}": config.wire != "float32", "--trace": config.trace,
+        "--on-nonfinite rollback": config.on_nonfinite == "rollback"}.items() if given]
+    if config.elastic and odd:
+        raise ConfigError(f"--elastic does not go with {odd[0]}: survivors go on with --sync native --full-update, "
+                          "step by step; leave one out.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
     for name in ("outer_lr", "outer_momentum"):

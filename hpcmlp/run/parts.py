@@ -37,6 +37,7 @@ class Parts:
     config : the options of `train`.
     topology : where the ranks are; replaced when ranks are lost, as `comm` is.
     manifest : of the data set.
+    params : parameters to begin with, the same on all ranks; None: drawn from the seed.
 
     Attributes
     ----------
@@ -45,7 +46,7 @@ class Parts:
     local : whether ranks take steps by themselves between meetings.
     """
 
-    def __init__(self, config: Any, topology: Topology, manifest: Manifest):
+    def __init__(self, config: Any, topology: Topology, manifest: Manifest, params: np.ndarray | None = None):
         self.config, self.topology, self.comm, self.manifest = config, topology, topology.comm, manifest
         self.roles: Any = None
         self.apart: Any = None
@@ -67,7 +68,7 @@ class Parts:
             self._hyper = chosen(config, f"--optimizer {config.optimizer}", HYPER[config.optimizer], HYPER)
             make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self._hyper)   # checks
             self._require_memory()
-        self._plan_step()
+        self._plan_step(params)
 
     def open_loader(self, split: str) -> Loader:
         """Return the loader of this rank's share of a split. Local; raises DataError or InputMissing."""
@@ -110,7 +111,7 @@ class Parts:
         if missing:
             raise Unavailable(missing)
 
-    def _plan_step(self) -> None:
+    def _plan_step(self, params: np.ndarray | None) -> None:
         """Make the network, the strategy, the optimizer and every buffer of the step."""
         c, m, ops, topology = self.config, self.manifest, self.ops, self.topology
         rows = max(-(-self.loader.local_rows_max // c.accumulate), min(EVALUATION_ROWS, m.rows("val")))
@@ -121,7 +122,7 @@ class Parts:
         self.plan = self._plan_buckets(layout.size)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
                                self.exchange.grads if on_host else None, piece=self.plan.piece)
-        ops.from_host(self._initial_parameters(), self.network.params)
+        ops.from_host(self._initial_parameters() if params is None else params, self.network.params)
 
         def strategy(whole: bool, params: Any) -> Any:
             make = make_strategy(whole, self.exchange.collective.narrow, self.plan.overlap)

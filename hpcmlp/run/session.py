@@ -93,6 +93,10 @@ class Session:
         self.strategy.ops.to_host(params, out)
         return out
 
+    def vectors(self) -> list[np.ndarray]:
+        """Return the parameters and this rank's part of every other vector, in a fixed order. Local."""
+        return [self.network.params, *(array for _, array in self._vectors.values())]
+
     def keep_best(self, flat: np.ndarray) -> None:
         """Keep this rank's ranges of `flat` as the best parameters so far. Local."""
         self.best = self.strategy.owned(flat)

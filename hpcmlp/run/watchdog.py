@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from hpcmlp.comm.messages import all_gather_bytes, gather_bytes
-from hpcmlp.run.lateness import Verdict, judge, sentence, with_age
+from hpcmlp.run.lateness import STUCK, Verdict, judge, sentence, with_age
 from hpcmlp.run.signs import PHASES, Sign, Signs, line_of
 
 BEATS = 8               # beats within the limit
@@ -30,6 +30,7 @@ SENDS = 16              # messages to rank 0 within the limit
 STACKS_S = 0.3          # in which a rank writes its stacks
 TOLD = 8                # ranks of a node in one message
 CODE = 75
+END_FILE = "watchdog.txt"   # in the run directory: why the watchdog has ended a job
 START, INPUT, STEP, VALIDATION, SAVE, END = range(len(PHASES))
 
 
@@ -77,7 +78,8 @@ class Watchdog:
         self._said: Any = None                  # the wait that was announced
         self._missed: dict[int, float] = {}     # local ranks that have gone, and when that was seen
         self._wanted = self._written = 0        # stacks asked for by rank 0, and written here
-        self._sent = 0.0
+        self._sent = self._trusts = 0.0         # when rank 0 was told; from when on silence is believed
+        self._beaten = time.monotonic()
         self._stacks = os.memfd_create("hpcmlp-stacks")
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)   # what `close` leaves: a late one must not end this process
         faulthandler.register(signal.SIGUSR2, self._stacks, all_threads=True)
@@ -139,6 +141,9 @@ class Watchdog:
 
     def _beat(self, now: float) -> None:
         self._signs.look()
+        late_s, self._beaten = now - self._beaten - self._beat_s, now
+        if late_s > max(2 * self._beat_s, self.limit_s / 4):
+            self._trusts = now + self.limit_s / 2
         if self._parent and os.getppid() != self._parent:
             self._say("the launcher has ended; this rank ends too")
             os._exit(CODE)
@@ -151,7 +156,8 @@ class Watchdog:
             self._look_for_gone(now)
         far = self._signs_of_others(now)
         in_contact = not self._judges and all(sign.silent_s < self.limit_s / 2 for sign in far)
-        verdict = None if in_contact else judge(signs + far, self.limit_s)
+        # After a time in which this thread itself got no processor the others' silence says nothing.
+        verdict = None if in_contact or now < self._trusts else judge(signs + far, self.limit_s)
         if verdict is None:
             if self._said is not None:
                 self._said = None
@@ -197,8 +203,11 @@ class Watchdog:
         """Remove the late ranks or end the job, once the wait has lasted long enough."""
         local = {rank: k for k, rank in enumerate(self._signs.ranks)}
         here = [sign for sign in verdict.late if sign.rank in local] if self._removes else []
-        dead = [sign for sign in here if sign.state]
-        if verdict.waited_s < (1.0 if dead else verdict.patience) * self.limit_s:
+        dead = [sign for sign in here if sign.state in ("stopped", "gone")]
+        patience = 1.0 if dead else verdict.patience
+        if any(sign.state == "busy" for sign in verdict.late):      # it may only lack a processor
+            patience = max(patience, STUCK)
+        if verdict.waited_s < patience * self.limit_s:
             return
         for sign in dead or here:
             self._say(f"rank {sign.rank} (pid {sign.pid}) is killed; the others go on without it")
@@ -210,6 +219,8 @@ class Watchdog:
 
     def _end_all(self, text: str) -> None:
         self._say(text)
+        if self._folder is not None:
+            self._write(END_FILE, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
         # MPI may wait for the very rank that is late; then the system ends this node's ranks.
         threading.Thread(target=self._insist, daemon=True).start()
         self._end(CODE)
@@ -268,13 +279,17 @@ class Watchdog:
         if self._folder is None:
             sys.stderr.write(data.decode(errors="replace"))
             return
-        path = os.path.join(self._folder, self._stacks_name())
+        self._write(self._stacks_name(), data)
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Append to a file of the run directory, if that can be done."""
+        path = os.path.join(self._folder, name)
         try:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
             os.write(file, data)
             os.close(file)
         except OSError as error:
-            self._say(f"stacks cannot be written to {self._folder} ({error.strerror})")
+            self._say(f"{path} cannot be written ({error.strerror})")
 
     def _stacks_name(self) -> str:
         return f"stacks-{self._signs.host}.txt"

@@ -1,0 +1,90 @@
+"""Ranks that die under `--elastic` cost neither a step nor the run; where the MPI cannot do that, it is said."""
+
+import json
+import subprocess
+
+import pytest
+
+from tests.conftest import find_mpiexec
+
+OPTIONS = ("--hidden", "16,16", "--global-batch-size", 32, "--steps", 120, "--checkpoint-every", 50, "--log-every", 1,
+           "--ema", 0.9, "--clip-norm", 1.0)
+
+
+def survives():
+    """Whether this Python's MPI survives the death of a rank."""
+    try:
+        return "Open MPI) 5" in subprocess.run([find_mpiexec(), "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return False
+
+
+needs_ulfm = pytest.mark.skipif(not survives(), reason="needs Open MPI 5: make test-openmpi")
+
+
+def losses(run):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"]) for r in records if r["kind"] == "step"]
+
+
+def events(run, name):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [r for r in records if r["kind"] == "event" and r["event"] == name]
+
+
+@pytest.mark.skipif(survives(), reason="this MPI survives")
+def test_it_is_refused_where_the_library_cannot(flowers, hpcmlp, tmp_path):
+    done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", *OPTIONS, "--elastic", ranks=2)
+    assert done.returncode == 78 and "--with-ft ulfm" in done.stderr and "hpcmlp launch" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_keep_state_on_one_rank_do_not_go_with_it(flowers, hpcmlp, tmp_path):
+    done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", "--elastic", "--sync", "ring")
+    assert done.returncode == 78 and ("--sync ring" in done.stderr or "--with-ft" in done.stderr)
+
+
+@pytest.fixture(scope="module")
+def plain(flowers, hpcmlp, tmp_path_factory):
+    """The run that nobody disturbs, and its losses."""
+    run = tmp_path_factory.mktemp("plain") / "run"
+    done = hpcmlp("launch", "-n", 3, "--", "train", "--elastic", "--data", flowers, "--out", run, *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    return losses(run)
+
+
+@needs_ulfm
+@pytest.mark.parametrize("ranks, fault, left", [
+    (3, "rank=1,step=40,act=kill", 2),
+    (3, "rank=0,step=46,act=kill", 2),      # the first step of an epoch; who logs and saves is gone
+    (4, "rank=0+2,step=40,act=kill", 2),
+    (3, "rank=0+1,step=119,act=kill", 1),
+    (3, "rank=1,step=40,act=exit:3", 2),
+    (3, "rank=2,step=40,act=stop", 2),      # removed by the watchdog
+])
+def test_the_survivors_go_on_with_the_same_batches_and_lose_no_step(flowers, hpcmlp, plain, tmp_path, ranks, fault,
+                                                                    left):
+    run = tmp_path / "run"
+    done = hpcmlp("launch", "-n", ranks, "--max-restarts", 0, "--", "train", "--elastic", "--data", flowers, "--out",
+                  run, *OPTIONS, "--watchdog", 1, env={"HPCMLP_FAULT": fault})
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["status"], summary["steps"], summary["ranks"]) == ("finished", 120, left)
+    assert sum(len(event["lost"]) for event in events(run, "lost")) == ranks - left
+    steps, theirs = losses(run), plain
+    assert [step for step, _ in steps] == [step for step, _ in theirs]      # each step once
+    for (step, loss), (_, expected) in zip(steps, theirs, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-3), f"step {step}"
+    epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()
+              if '"kind": "epoch"' in line]
+    assert epochs == [1, 2, 3, 4, 5]
+    assert not (run / "lock").exists()
+    if "stop" in fault:
+        assert "late: rank 2" in done.stderr and "is stopped" in done.stderr and "is killed" in done.stderr
+
+
+@needs_ulfm
+def test_a_sentence_still_ends_the_run_of_survivors(flowers, hpcmlp, tmp_path):
+    done = hpcmlp("launch", "-n", 3, "--max-restarts", 0, "--", "train", "--elastic", "--data", flowers, "--out",
+                  tmp_path / "run", *OPTIONS, "--lr", 1e30, env={"HPCMLP_FAULT": "rank=0,step=1,act=kill"})
+    assert "not finite" in done.stderr and not (tmp_path / "run" / "summary.json").exists()
