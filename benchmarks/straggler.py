@@ -1,11 +1,11 @@
 """What one slow worker of four costs: synchronous, bounded and asynchronous parameter server on a data set directory.
 
-    python benchmarks/straggler.py DATA SCRATCH [--speed-epochs 2] [--accuracy-epochs 10]
+    python benchmarks/straggler.py DATA SCRATCH [--speed-epochs 2] [--accuracy-epochs 10] [--seeds 3]
 
 One dedicated server and four workers (5 ranks). The undisturbed synchronous run gives the time of a step; then rank 4
 sleeps four times that at each of its tasks, so that it is five times slower. Speed: samples/s over the last epoch of
-a short run, with the sleep, in each mode. Accuracy: test accuracy at equal samples of a longer run; the synchronous
-one without the sleep, which changes its time and not its numbers.
+a short run, with the sleep, in each mode. Accuracy: test accuracy at equal samples of a longer run, for each seed; the
+synchronous one without the sleep, which changes its time and not its numbers.
 """
 
 import argparse
@@ -42,6 +42,8 @@ def main():
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--speed-epochs", type=int, default=2)
     parser.add_argument("--accuracy-epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--modes", type=int, default=4, help="of accuracy, in the order of the table")
     given = parser.parse_args()
     out = given.scratch / "run"
     plain = train(given.data, out, "0", 1)
@@ -55,11 +57,13 @@ def main():
         print(f"staleness {staleness}: {found['rate']:,.0f} samples/s, {found['rate'] / base['rate']:.2f}x; observed "
               f"{found['staleness']}; pushes by rank {found['pushes']}", flush=True)
     if given.accuracy_epochs:
-        print(f"accuracy after {given.accuracy_epochs} epochs:", flush=True)
-        for staleness, more in (("0", ()), ("4", ()), ("async", ()), ("async", ("--staleness-lr",))):
-            found = train(given.data, out, staleness, given.accuracy_epochs, None if staleness == "0" else sleep_s,
-                          *more)
-            print(f"staleness {staleness} {' '.join(more)}: {100 * found['accuracy']:.2f} %", flush=True)
+        print(f"accuracy after {given.accuracy_epochs} epochs, by seed:", flush=True)
+        for staleness, more in (("0", ()), ("4", ()), ("async", ()), ("async", ("--staleness-lr",)))[:given.modes]:
+            found = [100 * train(given.data, out, staleness, given.accuracy_epochs,
+                                 None if staleness == "0" else sleep_s, "--seed", str(seed), *more)["accuracy"]
+                     for seed in range(given.seeds)]
+            print(f"staleness {staleness} {' '.join(more)}: {', '.join(f'{a:.2f}' for a in found)} %; mean "
+                  f"{sum(found) / len(found):.3f} %", flush=True)
 
 
 if __name__ == "__main__":

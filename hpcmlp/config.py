@@ -178,6 +178,11 @@ class TrainConfig:
     outer_lr: float | None = option(None, kind=float, above=0.0, help="learning rate of the outer optimizer (default: "
                                     "0.7)")
     outer_momentum: float | None = option(None, kind=float, low=0.0, below=1.0, help="its momentum (default: 0.9)")
+    shard: str = option("none", choices=("none", "params"), help="params: every rank keeps its slice of parameters and "
+                        "gradients only, layers are gathered just before they are used, for networks larger than one "
+                        "rank's memory")
+    recompute: bool = option(False, help="keep activations at some layers only and compute the others again in "
+                             "backward: less memory for deep networks and large batches, up to a third more work")
     overlap: bool | None = option(None, kind=bool, help="send buckets of gradients while backward goes on, and gather "
                                   "parameters while the next forward pass does (default: between nodes)")
     bucket_mb: float | None = option(None, kind=float, above=0.0, help="size of a bucket of gradients, MiB (default: "

@@ -18,7 +18,7 @@ class Native:
     bits on all ranks rest on the library: MPI recommends it and the common ones keep to it.
     """
 
-    starts = narrow = False
+    starts = narrow = threads = False
 
     def __init__(self, comm: MPI.Intracomm, limit_bytes: int = LIMIT_BYTES):
         self.comm = comm.Dup()
@@ -82,6 +82,13 @@ class Native:
         sum_in_place(self.comm, array, self.limit_bytes)
         if words is not None:
             self._sum_words(words)
+
+    def advance(self) -> bool:
+        """Return True: nothing is ever under way. Local."""
+        return True
+
+    def meet(self) -> None:
+        """Return: ranks have no common memory here. Local."""
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Copy `array` (contiguous, any dtype) of rank `root` to all ranks, in place.

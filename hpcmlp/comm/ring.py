@@ -148,6 +148,9 @@ class Ring:
         self.reduce_scatter(array, bounds, words)
         self.all_gather(array, bounds)
 
+    def meet(self) -> None:
+        """Return: ranks have no common memory here. Local."""
+
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Copy `array` (contiguous, any dtype) of rank `root` to all ranks, in place, as a chain of segments.
 

@@ -77,7 +77,8 @@ class Shared:
         self.local_rank, self.local_size = topology.local_rank, topology.local_size
         self.part = topology.local_rank * topology.num_nodes + topology.cross_rank
         self._cross = make_cross(topology.cross)
-        self.narrow, self.threads = self._cross.narrow, self._cross.threads
+        self.narrow = self._cross.narrow
+        self.threads = self._cross.threads and self._cross.size > 1     # else nothing is ever under way
         self._ring: Ring | None = None
         self._windows: list[_Window] = []
         self._plans: dict[tuple, _Plan] = {}
@@ -310,6 +311,13 @@ class Shared:
             self._sum((words,), word_slots)
         if self._cross.size > 1:
             self._cross.all_reduce(array, words)
+
+    def meet(self) -> None:
+        """Wait for all ranks of the node: what one did to common memory before, the others see after it.
+
+        Collective over the ranks of the node.
+        """
+        self._meet()
 
     def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
         """Return what `Ring.least_bytes` says of the ring between nodes, for arrays of which each rank carries a share.

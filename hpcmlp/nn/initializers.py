@@ -24,8 +24,9 @@ AUTO = {"selu": "lecun_normal", "tanh": "glorot_uniform", "sigmoid": "glorot_uni
 BLOCK = 1 << 18  # elements drawn at once in float64
 
 
-def initialize(spec: NetworkSpec, seed: int, kind: str = "auto", dtype: Any = np.float32) -> np.ndarray:
-    """Return a new flat host vector of initial parameters.
+def initialize(spec: NetworkSpec, seed: int, kind: str = "auto", dtype: Any = np.float32,
+               span: tuple[int, int] | None = None) -> np.ndarray:
+    """Return a new flat host vector of initial parameters, or its elements [start, stop) where `span` says so.
 
     Local. Each tensor has its own Philox stream with the key (seed, index of the tensor): the same numbers on any rank,
     and for float32 the rounded ones of float64. (NumPy may change the normal distribution's stream between versions.)
@@ -35,6 +36,7 @@ def initialize(spec: NetworkSpec, seed: int, kind: str = "auto", dtype: Any = np
     seed : 0 to 2**64 - 1.
     kind : one of `KINDS`; auto: PyTorch's for the ReLU family (diamonds, 128-128: RMSE 0.136 against 0.146 from He),
         Glorot for tanh, sigmoid, softplus and identity, LeCun for selu.
+    span : begins where a tensor begins; holds whole tensors.
     """
     if kind not in KINDS:
         raise ConfigError(f"initializer = {kind!r} is not known (legal: {', '.join(KINDS)}).")
@@ -42,9 +44,12 @@ def initialize(spec: NetworkSpec, seed: int, kind: str = "auto", dtype: Any = np
         kind = AUTO.get(spec.activation, "torch")
     kind = PLAIN.get(kind, kind)
     layout = spec.layout()
-    flat = np.zeros(layout.size, dtype)
+    first, last = span or (0, layout.size)
+    flat = np.zeros(last - first, dtype)
     for index, tensor in enumerate(layout.tensors):
-        part = flat[tensor.start:tensor.stop]
+        if not first <= tensor.start < last:
+            continue
+        part = flat[tensor.start - first:tensor.stop - first]
         family, layer, role = tensor.name.split(".")
         if family == "norms":
             part[...] = 1.0 if role == "weight" else 0.0

@@ -17,7 +17,7 @@ Their ratio is 1 for one-dimensional tensors (biases, norms), as in the authors'
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,8 @@ class Optimizer:
 
         Parameters
         ----------
-        params, grads : (layout.size,) flat vectors; elsewhere than in the owned ranges neither is touched.
+        params, grads : (layout.size,) flat vectors; elsewhere than in the owned ranges neither is touched. Or (size,)
+            vectors that hold the owned ranges alone, one after the other.
         step : number of this update, from 1; passed in, so that it can come from a checkpoint.
         grad_scale : factor of the gradient (1 / weight sum, clipping), applied on the way; `grads` is not written.
         all_reduce : sums a float64 host array over the ranks in place; None where this rank owns everything.
@@ -103,10 +104,15 @@ class Optimizer:
             pieces, at = [], 0
             for start, stop in self.ranges:
                 after = at + stop - start
-                pieces.append((params[start:stop], grads[start:stop], *(a[at:after] for a in self.state.values())))
+                own = (self._cut(vector, start, stop, at) for vector in (params, grads))
+                pieces.append((*own, *(a[at:after] for a in self.state.values())))
                 at = after
             self._bound = (params, grads, pieces)
         return self._bound[2]
+
+    def _cut(self, vector: Any, start: int, stop: int, at: int) -> Any:
+        """The elements [start, stop) of a flat vector, or of one that holds the owned ranges alone: there from `at`."""
+        return vector[start:stop] if vector.shape[0] == self.layout.size else vector[at:at + stop - start]
 
 
 class Sgd(Optimizer):
@@ -211,7 +217,8 @@ class Lamb(Layerwise):
             at += p.shape[0]
             self.ops.adam_direction(p, g, m, v, u, h["beta1"], h["beta2"], h["eps"], h["weight_decay"], step,
                                     grad_scale)
-        pieces = [(tensor, params[a:b], self._direction[at:at + b - a]) for tensor, a, b, at in self._places]
+        pieces = [(tensor, self._cut(params, a, b, at), self._direction[at:at + b - a])
+                  for tensor, a, b, at in self._places]
         weights, directions = self._sum_norms(pieces, all_reduce)
         for tensor, p, u in pieces:
             ratio = 1.0
@@ -229,8 +236,8 @@ class Lars(Layerwise):
     def update(self, params: Any, grads: Any, lr: float, step: int, grad_scale: float = 1.0,
                all_reduce: Callable[[np.ndarray], None] | None = None) -> None:
         h, momentum, lr, grad_scale = self.hyper, self.state.get("momentum"), float(lr), float(grad_scale)
-        pieces = [(tensor, params[a:b], grads[a:b], None if momentum is None else momentum[at:at + b - a])
-                  for tensor, a, b, at in self._places]
+        pieces = [(tensor, self._cut(params, a, b, at), self._cut(grads, a, b, at),
+                   None if momentum is None else momentum[at:at + b - a]) for tensor, a, b, at in self._places]
         weights, gradients = self._sum_norms(pieces, all_reduce)
         for tensor, p, g, v in pieces:
             rate = lr
@@ -278,6 +285,7 @@ class Average:
     """The exponential moving average of the weights over the owned ranges.
 
     Local. `start` takes the parameters as they are; each `update` is average = decay * average + (1 - decay) * params.
+    Parameters come as the flat vector, or as a vector of the owned ranges alone.
 
     Attributes
     ----------
@@ -297,14 +305,20 @@ class Average:
             at += stop - start
 
     def start(self, params: Any) -> None:
-        """Set the average to the flat vector `params`. Local."""
-        for at, end, start, stop in self._places:
-            self.array[at:end] = params[start:stop]
+        """Set the average to `params`. Local."""
+        for at, end, part in self._parts(params):
+            self.array[at:end] = part
 
     def update(self, params: Any) -> None:
-        """Move the average towards the flat vector `params`. Local."""
+        """Move the average towards `params`. Local."""
+        for at, end, part in self._parts(params):
+            self.ops.ema(self.array[at:end], part, self.decay)
+
+    def _parts(self, params: Any) -> Iterator[tuple[int, int, Any]]:
+        """Yield the places of the owned ranges in the average, and their parameters."""
+        alone = params.shape == self.array.shape
         for at, end, start, stop in self._places:
-            self.ops.ema(self.array[at:end], params[start:stop], self.decay)
+            yield at, end, params[at:end] if alone else params[start:stop]
 
     def copy_to(self, params: Any) -> None:
         """Write the average into its ranges of the flat vector `params`. Local."""

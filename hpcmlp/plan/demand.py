@@ -11,8 +11,11 @@ import numpy as np
 
 from hpcmlp import traffic
 from hpcmlp.data.order import Order
+from hpcmlp.ops.activations import NEEDS_PRE
 from hpcmlp.plan.record import Op, Recording, Transfer
 from hpcmlp.plan.workload import EVALUATION_ROWS, Workload
+from hpcmlp.sync.buckets import part_bounds
+from hpcmlp.sync.memory import buffer_elements
 
 PROCESS_BYTES = 60e6    # of a rank without arrays, where no machine file says it: interpreter, libraries, MPI
 # float32 that an operation reads and writes for each element of its main array; others 2.
@@ -80,9 +83,15 @@ def memory(w: Workload, recording: Recording, process_bytes: float | None = None
     if w.sync == "server":
         rank |= _served(w, flat, recording)
     common = flat if shared else 0
+    if w.sharded:
+        buffers = 4 * sum(buffer_elements(w.spec))
+        rank |= {"parameters": owned, "gradients": owned, "gathered layers": buffers, "gradients of layers": buffers}
+        common = buffers if shared else 0
     node = local * (sum(rank.values()) - common) + common
     evaluation = flat + 4 * min(EVALUATION_ROWS, max(w.rows[1:])) * sum(w.spec.sizes[1:]) if any(w.rows[1:]) else 0
     copy = flat * (1 + state_vectors(w) + w.ema + bool(w.rows[1]) + w.is_local * w.outer)
+    if w.sharded:       # saved array by array, evaluated through the same network
+        copy = evaluation = 0
     return Memory({name: int(value) for name, value in rank.items() if value}, int(node + copy), copy, int(evaluation))
 
 
@@ -96,7 +105,11 @@ def _activations(w: Workload, recording: Recording) -> int:
     """Buffers as far as they are used: those of backward only by the rows of a training batch."""
     micro = -(-w.local_rows // w.accumulate)
     used = recording.held.get("backward", 0) * micro / max(1, w.network_rows)
-    return int(recording.held.get("activations", 0) + used)
+    kept = recording.held.get("activations", 0)
+    if w.recompute:
+        needs_pre = w.spec.activation in NEEDS_PRE
+        kept *= w.spec.kept_activations(needs_pre, w.spec.segments(needs_pre)) / w.spec.kept_activations(needs_pre)
+    return int(kept + used)
 
 
 def data_bytes(w: Workload) -> int:
@@ -117,6 +130,9 @@ def _messages(w: Workload, recording: Recording) -> int:
     size = w.nodes if w.sync == "shared" else w.ranks
     if size == 1 or w.sync in ("native", "server"):
         return 0
+    if w.sharded:       # two segments for each shape of a layer in each of two buffers
+        shapes = {(number % 2, stop - start) for number, (start, stop) in enumerate(w.spec.layer_spans())}
+        return sum(2 * min(traffic.SEGMENT_BYTES, 4 * -(-length // w.ranks)) for _, length in shapes)
     flat = recording.held["parameters"]
     share = flat // min(w.ranks, w.ranks_per_node) if w.sync == "shared" else flat
     buffers = 0
@@ -149,6 +165,8 @@ def sent_bytes(w: Workload, recording: Recording, rank: int = 0) -> int:
     """
     if w.is_local:
         return _meeting_bytes(w) // w.local_steps
+    if w.sharded:
+        return _sliced_bytes(w, rank)
     total = 0
     for event in recording.events:
         if isinstance(event, Transfer) and event.action != "wait":
@@ -179,8 +197,21 @@ def _transfer_bytes(w: Workload, event: Transfer, rank: int) -> int:
     return traffic.gather_sends(bounds, rank, w.wire)
 
 
+def _sliced_bytes(w: Workload, rank: int) -> int:
+    """Layers gathered as forward and backward read them, and their gradients reduced, of each micro-batch."""
+    needs_pre, total = w.spec.activation in NEEDS_PRE, 0
+    order = w.spec.entries(w.spec.segments(needs_pre) if w.recompute else [0, w.spec.num_layers], needs_pre)
+    entered = [layer for before, layer in zip([-1, *order], order, strict=False) if layer != before]
+    for layer, (start, stop) in enumerate(w.spec.layer_spans()):
+        bounds = part_bounds(stop - start, w.ranks).tolist()
+        reduced, last = (Transfer("start", "reduce", bounds=bounds, words=words) for words in (0, 9 * (layer == 0)))
+        gathered = entered.count(layer) * w.accumulate * _transfer_bytes(w, Transfer("start", "gather", bounds=bounds),
+                                                                         rank)
+        total += gathered + (w.accumulate - 1) * _transfer_bytes(w, reduced, rank) + _transfer_bytes(w, last, rank)
+    return total + (_transfer_bytes(w, Transfer("run", "sum"), rank) if w.clip_norm is not None else 0)
+
+
 def _meeting_bytes(w: Workload) -> int:
-    from hpcmlp.sync.buckets import part_bounds
     bounds = part_bounds(w.spec.layout().size, w.ranks)
     return traffic.reduce_sends(bounds, 0, w.wire, 9) + traffic.gather_sends(bounds, 0, w.wire)
 

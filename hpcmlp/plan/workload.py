@@ -49,6 +49,8 @@ class Workload:
     keep: int = 2
     memory_limit: int | None = None
     device: str = "cpu"
+    sharded: bool = False       # parameters in slices
+    recompute: bool = False
 
     @property
     def nodes(self) -> int:
@@ -113,5 +115,6 @@ def from_options(config: Any, manifest: Manifest, spec: NetworkSpec, loss: str, 
         c.clip_norm, c.ema is not None, c.accumulate, 0, sync, c.wire if sync in ("ring", "shared") else "float32",
         c.overlap, c.bucket_mb, c.full_update, c.local_steps, c.outer_optimizer != "none", min(c.servers or 1, ranks),
         c.staleness not in (None, "0"), c.validate_every, c.checkpoint_every, c.keep,
-        None if c.memory_limit is None else int(c.memory_limit * 2**20), c.device)
+        None if c.memory_limit is None else int(c.memory_limit * 2**20), c.device, c.shard == "params" and ranks > 1,
+        c.recompute)
     return replace(work, steps=num_steps(c, work.steps_per_epoch))

@@ -188,6 +188,8 @@ class Training:
         self.console.line(header([*rows, self.forecast.line()] if p.topology.rank == 0 else rows))
         if p.exchange.note:
             self.console.line(p.exchange.note)
+        if self.config.shard == "params" and not p.sharded:
+            self.console.line("shard params has nothing to act on: there is one rank")
         if self.config.overlap and not p.plan.overlap:
             why = "there is one rank" if p.topology.size == 1 else \
                 f"sync {p.exchange.name} sends nothing while the ranks compute; give --sync ring or shared"
@@ -268,7 +270,7 @@ class Training:
             batch = p.loader.batch(epoch, t)
             mark(STEP, number)
             loaded = time.perf_counter()
-            if fault is not None and fault.strike(number, p.network.params):
+            if fault is not None and fault.strike(number, p.strategy.params):
                 raise ConfigError("HPCMLP_FAULT act=leave is for workers of --sync server with --staleness above 0.")
             # What is due within a round of local steps waits for its end.
             log |= (number + 1) % c.log_every == 0
@@ -371,6 +373,12 @@ class Training:
         begin = time.perf_counter()
         self.session.progress.seconds += time.monotonic() - self._started
         self._started = time.monotonic()
+        if self.parts.sharded:
+            # What is gathered array by array cannot be written beside the training: all ranks take part.
+            saved = self.session.save(self.config.out, checkpoint_meta(self.parts), self.config.keep)
+            if self.writer is not None:
+                self.writer.start(lambda: saved)
+            return
         state = self.session.capture(checkpoint_meta(self.parts))
         if self.writer is not None:
             from hpcmlp.run import checkpoint
@@ -527,33 +535,34 @@ class Training:
         """Evaluate the test split with the best parameters, write the summary and the curves."""
         c, p, progress = self.config, self.parts, self.session.progress
         self.watch.mark(END, progress.step)
-        flat = self.session.usable() if self.session.best is None else p.strategy.whole(self.session.best)
+        params = self.session.best_params()
         test: dict[str, Any] = {}
         if c.test and p.manifest.rows("test"):
             with agreed(p.comm):
                 loader = p.open_loader("test")
-            test = self.judge.evaluate(loader, flat)
+            test = self.judge.evaluate(loader, params)
             self.console.line("test " + "  ".join(f"{k} {v:.4f}" for k, v in test.items() if isinstance(v, float)))
         if self._plan is not None:
             from hpcmlp.plan import compare
             self._log({"kind": "plan", **self._plan})
             for line in compare.lines(self._plan):
                 self.console.line(line)
+        digest = self.session.parameters_sha256(params)
         with agreed(p.comm):
             if self.directory is not None:
-                self._write_summary(flat, test)
+                self._write_summary(digest, test)
         if p.local:
             self.console.line(self.step.report(p.exchange.wire))
         self.console.line(f"finished {progress.step} steps in {progress.seconds:.1f} s; run directory {c.out}")
 
-    def _write_summary(self, flat: np.ndarray, test: dict[str, Any]) -> None:
+    def _write_summary(self, digest: str, test: dict[str, Any]) -> None:
         from hpcmlp.run.curves import draw_curves  # rank 0 only, at the end
         from hpcmlp.run.directory import to_json
         note = draw_curves([self.config.out], os.path.join(self.config.out, "curves.png"))
         if note:
             self.console.line(note)
         self.directory.write("summary.json",
-                             to_json(summary(self.parts, self.account, flat, test, self._served, self._plan)) + "\n")
+                             to_json(summary(self.parts, self.account, digest, test, self._served, self._plan)) + "\n")
 
 
 assert {f.name for f in fields(TrainConfig)} >= FREE_ON_RESUME, "FREE_ON_RESUME names options"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcmlp.data.files import (
+    digest_file,
     discard_directory,
     publish_directory,
     sync_directory,
@@ -30,7 +31,7 @@ from hpcmlp.data.files import (
 from hpcmlp.errors import CannotWrite, ConfigError, DataError, InputMissing
 from hpcmlp.nn.network import NetworkSpec
 from hpcmlp.run.sealed import Damaged, read_sealed, seal
-from hpcmlp.run.state_file import FORMAT_VERSION, State, UnknownFormat, file_pieces, parse
+from hpcmlp.run.state_file import FORMAT_VERSION, State, Streamed, UnknownFormat, file_pieces, parse, write_streamed
 from hpcmlp.run.writer import Saved
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def checkpoint_name(step: int, number: int = 1) -> str:
 # ---- writing
 
 
-def save(run_dir: str | os.PathLike, step: int, state: State, keep: int = 2) -> "Path":
+def save(run_dir: str | os.PathLike, step: int, state: State | Streamed, keep: int = 2) -> "Path":
     """Write a checkpoint, make it durable, name it in the record, and delete the oldest beyond `keep` and the best.
 
     Local: one rank calls it, one call at a time. Raises CannotWrite; then all earlier checkpoints are as they were.
@@ -86,7 +87,7 @@ def save(run_dir: str | os.PathLike, step: int, state: State, keep: int = 2) -> 
     return final
 
 
-def save_timed(run_dir: str | os.PathLike, state: State, keep: int, copied_s: float) -> Saved:
+def save_timed(run_dir: str | os.PathLike, state: State | Streamed, keep: int, copied_s: float) -> Saved:
     """As `save`, for a `run.writer.Writer`: tell what was saved and how long it took. Local."""
     begin = time.monotonic()
     path = save(run_dir, state.meta["step"], state, keep)
@@ -107,7 +108,13 @@ def make_room(run_dir: str | os.PathLike) -> None:
         raise CannotWrite(f"{parent}: cannot make a checkpoint here ({error.strerror}).") from None
 
 
-def _write_state(path: "Path", state: State) -> dict[str, Any]:
+def _write_state(path: "Path", state: State | Streamed) -> dict[str, Any]:
+    if isinstance(state, Streamed):
+        try:
+            write_streamed(path, state)
+            return {"bytes": os.path.getsize(path), "sha256": digest_file(path)}
+        except OSError as error:
+            raise CannotWrite(write_failure(path, error, state.num_bytes)) from None
     digest = hashlib.sha256()
     size = _write(path, file_pieces(state), digest, sum(a.nbytes for a in state.arrays.values()))
     return {"bytes": size, "sha256": digest.hexdigest()}
@@ -234,10 +241,10 @@ def read(path: str | os.PathLike) -> State:
     return _read(_path(path))[0]
 
 
-def _read(path: "Path") -> tuple[State, list[str]]:
+def _read(path: "Path", mapped: bool = False) -> tuple[State, list[str]]:
     """Return the state, and what is wrong beside it."""
     digest, notes, manifest = hashlib.sha256(), [], None
-    image = _read_image(path / "state.h5", digest)
+    image = _read_image(path / "state.h5", digest, mapped)
     try:
         manifest = read_sealed(path / "manifest.json")
         why = "is not there"
@@ -259,9 +266,14 @@ def _read(path: "Path") -> tuple[State, list[str]]:
         raise ConfigError(f"{path}: {error}.") from None
 
 
-def _read_image(path: "Path", digest: Any) -> np.ndarray:
-    """Return the bytes of a file, each piece digested while it is in the cache."""
+def _read_image(path: "Path", digest: Any, mapped: bool = False) -> np.ndarray:
+    """Return the bytes of a file, each piece digested while it is in the cache; `mapped`: they stay in the file."""
     try:
+        if mapped and os.path.getsize(path):
+            image = np.memmap(path, np.uint8, "r")
+            for start in range(0, image.size, _PIECE_BYTES):
+                digest.update(image[start:start + _PIECE_BYTES])
+            return image
         with open(path, "rb", buffering=0) as file:
             image = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
             view, at = memoryview(image), 0
@@ -285,14 +297,17 @@ def newest_good(run_dir: str | os.PathLike, accept: Callable[[State], str | None
 
 
 def find_newest(run_dir: str | os.PathLike, accept: Callable[[State], str | None] | None = None,
-                ) -> "tuple[Path | None, State | None, list[str]]":
-    """As `newest_good`, with the path of what it found first. Local."""
+                mapped: bool = False) -> "tuple[Path | None, State | None, list[str]]":
+    """As `newest_good`, with the path of what it found first. Local.
+
+    mapped : the state's arrays are views of the mapped file, which takes no memory that the system could not take back.
+    """
     for _ in range(_LOOKS):
         found = list_checkpoints(run_dir)
         notes = []
         for path in found:
             try:
-                state, remarks = _read(path)
+                state, remarks = _read(path, mapped)
             except (DataError, InputMissing) as error:
                 notes.append(str(error))
                 continue

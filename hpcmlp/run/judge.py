@@ -49,10 +49,19 @@ class Judge:
         return val
 
     def evaluate(self, loader: Any, flat: np.ndarray) -> dict[str, Any]:
-        """Return the metrics of the host parameters `flat`; the live parameters stay as they are. Collective."""
+        """Return the metrics of the parameters `flat`, as the session gives them; the live ones stay as they are.
+
+        Collective.
+        """
         from hpcmlp.run.evaluation import evaluate_split  # after the first epoch, not before the first step
         p = self._parts
         network = p.network
+        if p.sharded:
+            from hpcmlp.run.together import Entered, InTurns  # only where layers are gathered
+            turns = InTurns(loader, network.max_rows)
+            with p.strategy.showing(flat):
+                return evaluate_split(Entered(network, p.strategy, turns.count), p.ops, p.loss, turns, p.comm,
+                                      p.manifest, full=False)
         if flat is not network.params:
             if self._network is None:
                 rows = min(EVALUATION_ROWS, max(p.manifest.rows("val"), p.manifest.rows("test")))

@@ -17,7 +17,7 @@ FREE_ON_RESUME = {"data", "out", "resume", "epochs", "steps", "early_stopping", 
                   "keep", "log_every", "print_every", "progress", "test", "device", "sync", "wire", "full_update",
                   "overlap", "bucket_mb", "replica_check_every", "verify", "time_limit", "watchdog", "elastic",
                   "trace", "trace_steps", "servers", "staleness", "staleness_lr", "worker_timeout", "on_nonfinite",
-                  "machine", "network"}
+                  "machine", "network", "shard", "recompute"}
 SERVER_OPTIONS = ("servers", "staleness", "staleness_lr", "worker_timeout")
 
 
@@ -50,6 +50,8 @@ def check_fits(config: Any, manifest: Manifest, size: int) -> None:
     if config.elastic and odd:
         raise ConfigError(f"--elastic does not go with {odd[0]}: survivors go on with --sync native --full-update, "
                           "step by step; leave one out.")
+    if config.shard == "params":
+        _check_shard(config)
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
     for name in ("outer_lr", "outer_momentum"):
@@ -60,6 +62,24 @@ def check_fits(config: Any, manifest: Manifest, size: int) -> None:
                         "--val-fraction and --test-fraction.")
     if config.early_stopping is not None and manifest.rows("val") == 0:
         raise ConfigError("--early-stopping needs validation rows; prepare the data set with --val-fraction above 0.")
+
+
+def _check_shard(config: Any) -> None:
+    """Raise ConfigError for what does not go with parameters in slices. Local."""
+    whole = "every rank then holds all parameters"
+    wrong = {"--full-update": (config.full_update, whole), "--local-steps": (config.local_steps > 1, whole),
+             "--outer-optimizer": (config.outer_optimizer != "none", whole),
+             "--sync server": (config.sync == "server", "workers hold all parameters"),
+             "--elastic": (config.elastic, "who is lost takes its slice along"),
+             "--wire": (config.wire != "float32", "layers are gathered and reduced in float32"),
+             "--device gpu": (config.device == "gpu", "layers are gathered in the host's memory"),
+             "--bucket-mb": (config.bucket_mb is not None, "a bucket is a layer"),
+             "--overlap": (config.overlap is not None, "the next layer always travels while one is computed, where the "
+                                                       "collectives can"),
+             "--trace": (config.trace, "the timeline does not know of layers that come and go")}
+    for name, (given, why) in wrong.items():
+        if given:
+            raise ConfigError(f"{name} does not go with --shard params: {why}; leave one of them out.")
 
 
 def chosen(config: Any, owner: str, own: Iterable[str], table: dict[str, Iterable[str]]) -> dict[str, Any]:

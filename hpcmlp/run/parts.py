@@ -44,12 +44,14 @@ class Parts:
     loader, val : batches of the training rows, and of the validation rows (None without any).
     roles, apart : with --sync server who serves and who works, and out of step this rank's side of it; else None.
     local : whether ranks take steps by themselves between meetings.
+    sharded : whether every rank has its slice of the parameters only.
     """
 
     def __init__(self, config: Any, topology: Topology, manifest: Manifest, params: np.ndarray | None = None):
         self.config, self.topology, self.comm, self.manifest = config, topology, topology.comm, manifest
         self.roles: Any = None
         self.apart: Any = None
+        self.sharded = config.shard == "params" and topology.size > 1
         if config.sync == "server":
             from hpcmlp.comm.served import Roles
             self.roles = Roles(config.servers or 1, topology.size)
@@ -68,7 +70,10 @@ class Parts:
             self._hyper = chosen(config, f"--optimizer {config.optimizer}", HYPER[config.optimizer], HYPER)
             make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self._hyper)   # checks
             self._require_memory()
-        self._plan_step(params)
+        if self.sharded:
+            self._plan_sharded()
+        else:
+            self._plan_step(params)
 
     def open_loader(self, split: str) -> Loader:
         """Return the loader of this rank's share of a split. Local; raises DataError or InputMissing."""
@@ -113,15 +118,15 @@ class Parts:
 
     def _plan_step(self, params: np.ndarray | None) -> None:
         """Make the network, the strategy, the optimizer and every buffer of the step."""
-        c, m, ops, topology = self.config, self.manifest, self.ops, self.topology
-        rows = max(-(-self.loader.local_rows_max // c.accumulate), min(EVALUATION_ROWS, m.rows("val")))
-        layout = self.spec.layout()
+        c, ops, topology = self.config, self.ops, self.topology
+        rows, layout = self._rows(), self.spec.layout()
         self.exchange = open_exchange(self._sync(), topology, layout.size, np.float32, own_params=c.full_update,
                                       wire=c.wire, servers=c.servers or 1, overlap=self._may_overlap())
         on_host = c.device == "cpu"
         self.plan = self._plan_buckets(layout.size)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
-                               self.exchange.grads if on_host else None, piece=self.plan.piece)
+                               self.exchange.grads if on_host else None, piece=self.plan.piece,
+                               recompute=c.recompute)
         ops.from_host(self._initial_parameters() if params is None else params, self.network.params)
 
         def strategy(whole: bool, params: Any) -> Any:
@@ -134,8 +139,7 @@ class Parts:
         if average is not None:
             average.start(self.network.params)
         parts = (self.network, self.loss, optimizer, self.strategy, ops)
-        options = dict(rows=self.loader.local_rows_max, micro_batches=c.accumulate, clip_norm=c.clip_norm, seed=c.seed,
-                       shift=self._on_device(m.load_shift), scale=self._on_device(m.load_scale), average=average)
+        options = self._step_options(average)
         if self.local:
             from hpcmlp.sync.local import LocalStep  # few runs want it
             anchor = self.exchange.params if on_host else ops.zeros((layout.size,), np.float32)
@@ -147,6 +151,39 @@ class Parts:
         self.session = Session(self.comm, self.network, self.strategy, optimizer, average,
                                self.step if self.local else None)
         self._plan_apart()
+
+    def _rows(self) -> int:
+        """Return the most samples that go through the network at once."""
+        return max(-(-self.loader.local_rows_max // self.config.accumulate),
+                   min(EVALUATION_ROWS, self.manifest.rows("val")))
+
+    def _step_options(self, average: Any) -> dict[str, Any]:
+        c, m = self.config, self.manifest
+        return dict(rows=self.loader.local_rows_max, micro_batches=c.accumulate, clip_norm=c.clip_norm, seed=c.seed,
+                    shift=self._on_device(m.load_shift), scale=self._on_device(m.load_scale), average=average)
+
+    def _plan_sharded(self) -> None:
+        """As `_plan_step`, with layers that come and go; nothing is as long as all parameters."""
+        from hpcmlp.run.slices import SlicedSession  # runs with large networks
+        from hpcmlp.sync.memory import buffer_elements
+        from hpcmlp.sync.sharded import ShardedStep, open_sharded
+        c, ops, size = self.config, self.ops, sum(buffer_elements(self.spec))
+        self.exchange = open_exchange(self._sync(), self.topology, size, np.float32)
+        rows = np.array([self._rows()])     # evaluation cuts them alike on all ranks
+        messages.max_in_place(self.comm, rows)
+        self.network, self.strategy = open_sharded(self.exchange, self.spec, self.topology.size, ops, int(rows[0]),
+                                                   c.recompute)
+        on_the_way = self.exchange.collective.starts and (self.topology.num_nodes > 1 or self.exchange.name == "ring")
+        self.plan = Plan(self.strategy.buckets, None, on_the_way, 4 * size / 2**20)
+        for number, span in enumerate(self.spec.layer_spans()):
+            self.strategy.take_layer(number, self._initial_parameters(span), self.strategy.params)
+        optimizer = make_optimizer(c.optimizer, ops, self.spec.layout(), self.strategy.ranges, np.float32,
+                                   **self._hyper)
+        average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
+        if average is not None:
+            average.start(self.strategy.params)
+        self.step = ShardedStep(self.network, self.loss, optimizer, self.strategy, ops, **self._step_options(average))
+        self.session = SlicedSession(self.comm, self.network, self.strategy, optimizer, average)
 
     def _meets(self, number: int) -> bool:
         """Whether local steps end a round with step `number`: decided from facts that all ranks hold."""
@@ -208,13 +245,13 @@ class Parts:
         self.ops.from_host(np.array(values, np.float32), array)
         return array
 
-    def _initial_parameters(self) -> np.ndarray:
-        """Rank 0 draws the initial parameters and gives them out."""
-        layout = self.spec.layout()
-        flat = np.empty(layout.size, np.float32)
+    def _initial_parameters(self, span: tuple[int, int] | None = None) -> np.ndarray:
+        """Rank 0 draws the initial parameters, all or those of a layer, and gives them out."""
+        start, stop = span or (0, self.spec.layout().size)
+        flat = np.empty(stop - start, np.float32)
         if self.topology.rank == 0:
             from hpcmlp.nn.initializers import initialize  # brings numpy.random along
-            flat[...] = initialize(self.spec, self.config.seed, self.config.initializer, np.float32)
+            flat[...] = initialize(self.spec, self.config.seed, self.config.initializer, np.float32, (start, stop))
         messages.broadcast(self.comm, flat)
         return flat
 

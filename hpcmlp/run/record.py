@@ -4,8 +4,6 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 import hpcmlp
 from hpcmlp.comm.topology import mpi_library
 from hpcmlp.run.account import Account
@@ -22,7 +20,8 @@ def header_rows(p: Parts) -> list[tuple[str, str]]:
                       f"{_spread(t.cores)} cores and {_spread(t.threads)} BLAS thread(s) each"),
             ("MPI", f"{mpi_library()}, sync {p.exchange.name}{p.exchange.why and f' ({p.exchange.why})'}"
                     f"{f', {p.exchange.wire} on the wire' if p.exchange.wire != 'float32' else ''}"
-                    f"{', whole update' if c.full_update else ''}{_overlap(p)}{_servers(p)}"),
+                    f"{', whole update' if c.full_update else ''}{_overlap(p)}{_servers(p)}"
+                    f"{', parameters in slices' if p.sharded else ''}"),
             ("device", c.device + (f", fused kernels {'on' if p.ops.fused else 'off'}" if c.device == "cpu" else "")),
             ("data", f"{m.name}: {rows} rows of {m.num_features} features, {m.task}, {p.loader.mode}"),
             ("network", f"{'-'.join(map(str, p.spec.sizes))} {c.activation}, "
@@ -51,7 +50,7 @@ def _servers(p: Parts) -> str:
 
 def _overlap(p: Parts) -> str:
     number = len(p.plan.buckets)
-    if not p.plan.overlap:
+    if not p.plan.overlap or p.sharded:
         return ""
     return f", overlapped in {number} bucket{'s' * (number > 1)} of {p.plan.bucket_mb:g} MiB"
 
@@ -83,24 +82,25 @@ def _storage(p: Parts) -> dict[str, Any]:
                                       p.session.progress.step, p.config.staleness or "0")}
 
 
-def summary(p: Parts, account: Account, flat: np.ndarray, test: dict[str, Any],
+def summary(p: Parts, account: Account, digest: str, test: dict[str, Any],
             served: list[dict[str, Any]], plan: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the content of summary.json, the durable record of success, for a run that has finished. Local.
 
-    flat : the host parameters that the run recommends; test : their metrics; served : what servers did, by epoch.
+    digest : sha256 of the parameters that the run recommends; test : their metrics; served : what servers did, by
+    epoch.
     """
-    c, progress, layout = p.config, p.session.progress, p.network.layout
+    c, progress = p.config, p.session.progress
     median = account.median_step_s
     return {"status": "finished", "steps": progress.step, "epochs": progress.step / p.steps_per_epoch,
             "ranks": p.topology.size, "nodes": p.topology.num_nodes, "sync": p.exchange.name,
-            "wire": p.exchange.wire, "overlap": p.plan.overlap, "buckets": len(p.plan.buckets),
+            "wire": p.exchange.wire, "shard": "params" if p.sharded else "none",
+            "overlap": p.plan.overlap, "buckets": len(p.plan.buckets),
             "bucket_mb": p.plan.bucket_mb, "hidden": account.hidden, "device": c.device, **_served(p, served),
             **({"local": p.step.statistics(p.exchange.wire)} if p.local else {}),
             "test": test, "val": progress.best_val or {}, "best_step": progress.best_step,
             "skipped_updates": progress.skipped, "loss_spikes": progress.spikes, "rollbacks": progress.rollbacks,
             "lr_factor": progress.lr_factor,
-            "parameters_sha256": layout.sha256(flat),
-            "num_params": layout.num_params,
+            "parameters_sha256": digest, "num_params": p.network.layout.num_params,
             "samples_per_s": min(c.global_batch_size, p.manifest.rows("train")) / median if median else None,
             "step_s": median, **({"plan": plan} if plan else {}), "wall_s": progress.seconds, "versions": versions()}
 

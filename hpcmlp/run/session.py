@@ -143,11 +143,25 @@ class Session:
         flats |= {f"sync/{name}": flat for name, flat in carried.items()}
         arrays = {f"{group}/{name}": view for group, flat in flats.items()
                   for name, view in layout.views(flat).items()}
-        progress = asdict(self.progress)
-        best = {"step": self.progress.best_step, "value": self.progress.best_value, "val": self.progress.best_val}
         from hpcmlp.run.state_file import State  # what the first step does not need is imported after it
-        return State({**meta, "step": self.progress.step, "progress": progress, "best": best,
-                      "has_best": self.best is not None, "carried": sorted(carried)}, arrays)
+        return State(self._with_progress(meta, sorted(carried)), arrays)
+
+    def _with_progress(self, meta: dict[str, Any], carried: list[str]) -> dict[str, Any]:
+        best = {"step": self.progress.best_step, "value": self.progress.best_value, "val": self.progress.best_val}
+        return {**meta, "step": self.progress.step, "progress": asdict(self.progress), "best": best,
+                "has_best": self.best is not None, "carried": carried}
+
+    def parameters_sha256(self, params: np.ndarray) -> str:
+        """Return the sha256 of `params`, as `usable` returns them, on rank 0, "" elsewhere.
+
+        Collective where no rank has them all.
+        """
+        return self.network.layout.sha256(params) if self.comm.rank == 0 else ""
+
+    def best_params(self) -> np.ndarray:
+        """Return the parameters that the run recommends: the best ones by validation, else the usable ones. Collective.
+        """
+        return self.usable() if self.best is None else self.strategy.whole(self.best)
 
     def _collect(self, name: str, strategy: Any, array: Any) -> np.ndarray | None:
         """Bring the ranges that the ranks own of a vector into rank 0's copy of it. Collective."""

@@ -4,6 +4,7 @@ The HDF5 library lays the file out without its data: it writes to an object that
 and tells where each array will stand. The bytes of the file are then these pieces and the arrays' own memory, in
 order, so that no second copy of the state is made, and nothing that takes long holds Python's interpreter lock.
 Reading is the same the other way round: the library reads metadata from memory, and arrays are views of that memory.
+Arrays of which there is only one at a time are written in their places as they come (`write_streamed`).
 
 Format 2: the data set `meta.json` holds the format, the run's own values and, for every array, type, shape and sha256;
 an attribute holds its own sha256. Format 1 had `meta.json` without the table and a sha256 attribute at every array.
@@ -14,8 +15,9 @@ import hashlib
 import io
 import json
 import math
+import os
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,24 @@ class State:
     def group(self, name: str) -> dict[str, np.ndarray]:
         """Return the arrays below `name`, by the rest of their path. Local."""
         return {path[len(name) + 1:]: a for path, a in self.arrays.items() if path.startswith(name + "/")}
+
+
+@dataclass
+class Streamed:
+    """A state of which there is never more than one array: they are made one after the other, twice.
+
+    `shapes` : of all arrays, by path. `arrays` : called twice; returns an iterator over (path, float32 array), each of
+    which holds until the next one is asked for.
+    """
+
+    meta: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    arrays: Callable[[], Iterator[tuple[str, np.ndarray]]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays. Local."""
+        return 4 * sum(map(math.prod, self.shapes.values()))
 
 
 class UnknownFormat(Exception):
@@ -66,10 +86,7 @@ def file_pieces(state: State) -> Iterator[Any]:
     Local. The arrays must stay as they are until the last piece has been taken. An array that is not contiguous is
     copied while its piece is in use.
     """
-    table = {path: {"dtype": a.dtype.str, "shape": list(a.shape), "sha256": digest(np.ascontiguousarray(a))}
-             for path, a in state.arrays.items()}
-    meta = {"format_version": FORMAT_VERSION, "meta": finite(state.meta), "arrays": table}
-    text = np.frombuffer(json.dumps(meta, allow_nan=False, sort_keys=True).encode(), np.uint8)
+    text = _meta_text(state.meta, state.arrays.items())
     keeper, places = _lay_out(text, state.arrays)
     at = 0
     for start, piece in sorted([*keeper.runs(), *places, (keeper.end, b"")], key=lambda entry: entry[0]):
@@ -81,6 +98,45 @@ def file_pieces(state: State) -> Iterator[Any]:
             buffer = memoryview(np.ascontiguousarray(piece).reshape(-1) if isinstance(piece, np.ndarray) else piece)
             yield buffer.cast("B")
             at += buffer.nbytes
+
+
+def write_streamed(path: Any, state: Streamed) -> None:
+    """Make the file `path` of a streamed state, and sync it: the bytes of `file_pieces`, in another order.
+
+    Local. Raises OSError; what was made is then left to the caller.
+    """
+    text = _meta_text(state.meta, state.arrays())
+    number = np.float32(0)      # stands for arrays that are still to come
+    keeper, places = _lay_out(text, {name: np.broadcast_to(number, shape) for name, shape in state.shapes.items()})
+    offsets = dict(zip((META, *(name for name, shape in state.shapes.items() if math.prod(shape))),
+                       (offset for offset, _ in places), strict=True))
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        os.truncate(handle, keeper.end)
+        for offset, run in keeper.runs():
+            _write_at(handle, offset, run)
+        _write_at(handle, offsets[META], text)
+        for name, array in state.arrays():
+            if array.size:
+                _write_at(handle, offsets[name], np.ascontiguousarray(array).reshape(-1))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_at(handle: int, offset: int, data: Any) -> None:
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):     # a nearly full disk takes a part
+        done += os.pwrite(handle, view[done:], offset + done)
+
+
+def _meta_text(meta: dict[str, Any], arrays: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Return the content of META: the values of the run, and what every array is."""
+    table = {path: {"dtype": a.dtype.str, "shape": list(a.shape), "sha256": digest(np.ascontiguousarray(a))}
+             for path, a in arrays}
+    values = {"format_version": FORMAT_VERSION, "meta": finite(meta), "arrays": table}
+    return np.frombuffer(json.dumps(values, allow_nan=False, sort_keys=True).encode(), np.uint8)
 
 
 def _lay_out(text: np.ndarray, arrays: dict[str, np.ndarray]) -> "tuple[_Keeper, list[tuple[int, np.ndarray]]]":

@@ -17,6 +17,9 @@ sample is used once an epoch, by whoever is free, so a slow worker takes fewer t
 needs a global view of one gradient in the update is done per push: `--clip-norm` limits each worker's own mean
 gradient, and `--staleness-lr` divides a push by its staleness (Zhang et al., IJCAI 2016).
 
+Servers are dedicated out of step. A rank that serves and trains would let every push wait for its own matrix products,
+or need a thread inside MPI at all times, which not every library grants; `check_options` refuses it.
+
 Losses. A worker that has a task and gives no sign for `--worker-timeout` seconds, or says that it leaves, is dropped:
 its task goes to the next worker that asks, so that no sample is lost, the others go on at once, and at the next meeting
 the survivors make a communicator of their own (MPI_Comm_create_group, which only they call). A push that comes after

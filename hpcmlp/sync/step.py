@@ -142,26 +142,34 @@ class Step:
 
     def _gradient(self, batch: Any, step: int) -> None:
         """Write the gradient of the weighted loss sum over this rank's batch, and its control words."""
-        network, ops, words, strategy = self.network, self.ops, self.words, self.strategy
+        ops, words, strategy = self.ops, self.words, self.strategy
         need = strategy.need if strategy.overlaps else None
         for start in range(0, max(batch.rows, 1), self.micro_rows):
-            stop = min(start + self.micro_rows, batch.rows)
-            rows = stop - start
-            x, dlogits = self._x[:rows], self._dlogits[:rows]
-            ops.gather(batch.source, batch.index[start:stop], x, self.shift, self.scale)
-            logits = network.forward(x, training=True, seed=self.seed, step=step, first=batch.first + start, need=need)
-            weights = None if batch.weights is None else batch.weights[start:stop]
-            loss, weight = self.loss(ops, logits, ops.bring(batch.targets[start:stop]), ops.bring(weights), dlogits)
-            words.add_loss(rows, weight, loss)
+            dlogits = self._forward(batch, start, min(start + self.micro_rows, batch.rows), step, need=need)
             last = start + self.micro_rows >= batch.rows
-            network.backward(dlogits, self._close if strategy.overlaps and last else None, add=start > 0)
+            self.network.backward(dlogits, self._close if strategy.overlaps and last else None, add=start > 0)
         # One pass over the gradient costs less than finding out a step later on one rank only.
         if not strategy.overlaps and not (math.isfinite(words.loss) and ops.finite(strategy.grads)):
             words.mark_not_finite()
             strategy.grads[...] = 0
 
+    def _forward(self, batch: Any, start: int, stop: int, step: int, **calls: Any) -> Any:
+        """Take rows of the batch through the network and the loss; return the gradient of the logits."""
+        ops = self.ops
+        x, dlogits = self._x[:stop - start], self._dlogits[:stop - start]
+        ops.gather(batch.source, batch.index[start:stop], x, self.shift, self.scale)
+        logits = self.network.forward(x, training=True, seed=self.seed, step=step, first=batch.first + start, **calls)
+        weights = None if batch.weights is None else batch.weights[start:stop]
+        loss, weight = self.loss(ops, logits, ops.bring(batch.targets[start:stop]), ops.bring(weights), dlogits)
+        self.words.add_loss(stop - start, weight, loss)
+        return dlogits
+
     def _close(self, start: int, stop: int) -> None:
         """Look at the gradient of a range, which is final, and let it go."""
-        if not (math.isfinite(self.words.loss) and self.ops.finite(self.strategy.grads[start:stop])):
-            self.words.mark_not_finite()
+        self._look_at(self.strategy.grads[start:stop])
         self.strategy.close(start, self.words.array)
+
+    def _look_at(self, grads: Any) -> None:
+        """Note in the control words when what is about to be added up is not finite."""
+        if not (math.isfinite(self.words.loss) and self.ops.finite(grads)):
+            self.words.mark_not_finite()

@@ -339,3 +339,41 @@ def test_steady_step_allocates_nothing(activation, extras):
     peak, kept = traced(step)
     # An activation takes 768,000 bytes; without the C kernels NumPy works through temporary cache blocks.
     assert peak < (16384 if net.ops.fused else 16 * 4 * BLOCK) and kept < 1024, (peak, kept)
+
+
+@pytest.mark.parametrize("ops", OPS.values(), ids=OPS)
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+@pytest.mark.parametrize("dropout, norm, residual", [*itertools.product((0.0, 0.4), (False, True), (False, True))])
+def test_recomputed_activations_give_the_same_bits_in_less_memory(ops, activation, dropout, norm, residual):
+    spec = NetworkSpec((5, *[12] * 5, *[16] * 6, 3), activation, dropout, norm, residual)
+    rng = np.random.default_rng(3)
+    plain = random_network(spec, ops, 9, np.float32)
+    again = Network(spec, ops, 9, plain.params, dtype=np.float32, recompute=True)
+    for rows, piece in ((9, None), (4, lambda start, stop: None), (0, None)):
+        x, dlogits = (rng.normal(size=(rows, width)).astype(np.float32) for width in (5, 3))
+        for net in (plain, again):
+            net.forward(x, True, 3, 5, 11, need=piece)
+            net.backward(dlogits)
+        np.testing.assert_array_equal(again.grads, plain.grads)
+    needs_pre = activation in ops.NEEDS_PRE
+    kept = spec.kept_activations(needs_pre, spec.segments(needs_pre))
+    assert kept < 0.75 * spec.kept_activations(needs_pre)
+    if ops is OPS["plain"]:     # the other one aligns, which takes a little more
+        assert [held_numbers(net) for net in (plain, again)] == [spec.kept_activations(needs_pre), kept]
+
+
+def held_numbers(net):
+    """Numbers per sample in the buffers that forward fills, each counted once."""
+    owners = {}
+    for name, buffer in ((name, b) for layer in net._buffers for name, b in layer.items() if b is not None):
+        if name in ("out", "f", "pre", "z"):
+            base = buffer
+            while base.base is not None:
+                base = base.base
+            owners[base.__array_interface__["data"][0]] = base.size
+    return sum(owners.values()) / net.max_rows
+
+
+def test_a_shallow_network_has_nothing_to_recompute():
+    assert NetworkSpec((784, 256, 128, 10)).segments(False) == [0, 3]
+    assert len(NetworkSpec((784, *[512] * 15, 10)).segments(False)) - 1 in (3, 4, 5)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from pathlib import Path
 
 import pytest
 
@@ -25,12 +27,28 @@ def summary(out):
     return json.loads((out / "summary.json").read_text())
 
 
+def left_behind(out):
+    """Processes that still run with this run directory on their command line, after a while for the launcher."""
+    give_up = time.monotonic() + 20
+    while True:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                found += [path.parent.name] if str(out).encode() in path.read_bytes() else []
+            except OSError:
+                pass    # it has just ended
+        if not found or time.monotonic() > give_up:
+            return found
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("act", ["stop", "leave"])
 def test_a_lost_worker_costs_its_share_only(hpcmlp, flowers, tmp_path, act):
     out = tmp_path / "run"
     done = train(hpcmlp, flowers, out, "--staleness", 2, "--worker-timeout", 1.0, ranks=4, epochs=3,
                  fault=f"rank=3,step=17,act={act}")
     assert done.returncode == 0, done.stderr
+    assert not left_behind(out)
     assert "rank 3 " in done.stdout and "is lost" in done.stdout
     told = summary(out)
     assert told["status"] == "finished" and told["steps"] == 3 * STEPS_PER_EPOCH and told["ranks"] == 3
@@ -56,9 +74,9 @@ def test_when_all_workers_are_lost_the_run_is_saved_and_resumes(hpcmlp, flowers,
 def test_a_killed_run_resumes_on_other_servers_and_by_the_ring(hpcmlp, flowers, tmp_path, mode):
     out = tmp_path / "run"
     done = train(hpcmlp, flowers, out, *mode, fault="rank=2,step=22,act=kill")
-    assert done.returncode != 0 and not (out / "summary.json").exists()
+    assert done.returncode != 0 and not (out / "summary.json").exists() and not left_behind(out)
     done = train(hpcmlp, flowers, out, *mode, "--resume", ranks=4, servers=2, epochs=2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not left_behind(out), done.stderr
     assert re.search(r"resumed at step (15|20) of 30", done.stdout)
     done = hpcmlp("train", "--data", flowers, "--out", out, "--epochs", 3, *TRAIN, "--sync", "ring", "--resume",
                   ranks=2)

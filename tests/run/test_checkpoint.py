@@ -10,7 +10,7 @@ import pytest
 from hpcmlp.data import files
 from hpcmlp.errors import CannotWrite, ConfigError, DataError, InputMissing
 from hpcmlp.run import checkpoint, state_file
-from hpcmlp.run.state_file import State
+from hpcmlp.run.state_file import State, Streamed
 
 FORMAT_1 = Path(__file__).parent / "format-1"
 
@@ -217,3 +217,45 @@ def test_leftovers_of_a_killed_save_are_removed_and_never_read(tmp_path):
     assert checkpoint.newest_good(tmp_path)[0].meta["step"] == 1
     checkpoint.remove_leftovers(tmp_path)
     assert not half.exists()
+
+
+def streamed(step, taken=None):
+    """The state of which arrays come one by one; `taken` counts them."""
+    arrays, taken = state(step).arrays, [] if taken is None else taken
+    return Streamed(state(step).meta, {name: a.shape for name, a in arrays.items()},
+                    lambda: (taken.append(name) or (name, array) for name, array in arrays.items()))
+
+
+def test_what_comes_array_by_array_makes_the_bytes_of_any_other_state(tmp_path):
+    taken = []
+    one = checkpoint.save(tmp_path / "a", 4, streamed(4, taken))
+    other = checkpoint.save(tmp_path / "b", 4, state(4))
+    assert (one / "state.h5").read_bytes() == (other / "state.h5").read_bytes()
+    assert (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
+    assert taken == 2 * list(state(4).arrays)
+    assert_equal(checkpoint.newest_good(tmp_path / "a")[0], state(4))
+
+
+def test_a_mapped_state_is_the_same_and_as_well_looked_at(tmp_path):
+    path = checkpoint.save(tmp_path, 4, streamed(4))
+    found, mapped, notes = checkpoint.find_newest(tmp_path, mapped=True)
+    assert found == path and notes == []
+    assert_equal(mapped, state(4))
+    raw = bytearray((path / "state.h5").read_bytes())
+    at = raw.find(state(4).arrays["params/layers.0.weight"].tobytes())
+    raw[at + 3] ^= 1
+    (path / "state.h5").write_bytes(raw)
+    with pytest.raises(DataError, match="damaged"):
+        checkpoint.find_newest(tmp_path, mapped=True)
+
+
+def test_a_full_disk_stops_a_streamed_save_and_harms_no_older_one(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 3, streamed(3))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state_file.os, "pwrite", full)
+    with pytest.raises(CannotWrite, match="No space left"):
+        checkpoint.save(tmp_path, 4, streamed(4))
+    assert names(tmp_path) == ["record.json", "step-00000003"]
