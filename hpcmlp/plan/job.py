@@ -34,7 +34,7 @@ def fill_in(text: str, outlook: dict[str, Any], threads: int, device: str, data:
     known. Raises ConfigError when the script has no line for a value, or a value cannot stand in it.
     """
     per_node = -(-outlook["ranks"] // outlook["nodes"])
-    mib = int(MEMORY_MARGIN * (outlook["memory_bytes_per_node"] + outlook["memory_moment_bytes"]) / 2**20) + 64
+    mib = round(MEMORY_MARGIN * (outlook["memory_bytes_per_node"] + outlook["memory_moment_bytes"]) / 2**20) + 64
     values = {"nodes": outlook["nodes"], "ntasks-per-node": per_node, "cpus-per-task": threads}
     if device == "gpu":
         values["gpus-per-node"] = per_node

@@ -18,7 +18,6 @@ from hpcmlp.errors import ConfigError, HpcmlpError, StoppedAndSaved
 from hpcmlp.launch import end_all
 from hpcmlp.run.account import Account
 from hpcmlp.run.coordinator import Console, check_alike, header, open_dataset, replica_error, versions
-from hpcmlp.run.forecast import Forecast
 from hpcmlp.run.judge import Judge
 from hpcmlp.run.numbers import MOST_SKIPS, ROLLBACK_FACTOR, judge, why_not_good
 from hpcmlp.run.options import FREE_ON_RESUME, check_fits
@@ -114,7 +113,10 @@ class Training:
         self.console = Console(parts.topology.rank == 0, config.progress)
         self.account = Account(parts, self.console, self._log)
         self.judge = Judge(parts, config.monitor)
-        self.forecast = Forecast(parts) if previous is None else None   # what was foretold was for more ranks
+        self.forecast: Any = None
+        if previous is None:    # what was foretold was for more ranks
+            from hpcmlp.run.forecast import Forecast  # when the samples are there: no rank waits for it before
+            self.forecast = Forecast(parts)
         self._plan: dict[str, Any] | None = None    # foretold and measured, at the end (rank 0)
         self.trace: Any = None
         self._served: list[dict[str, Any]] = []  # what servers did, epoch by epoch (rank 0)

@@ -7,7 +7,6 @@ import numpy as np
 from hpcmlp.comm import messages
 from hpcmlp.comm.agreement import agreed
 from hpcmlp.run.account import Account
-from hpcmlp.run.memory import pss_bytes
 from hpcmlp.run.parts import Parts
 
 
@@ -41,6 +40,7 @@ class Forecast:
 
     def compare(self, account: Account) -> dict[str, Any] | None:
         """Return foretold and measured side by side on rank 0, None elsewhere. Collective."""
+        from hpcmlp.run.memory import pss_bytes  # at the end
         p = self.parts
         held = np.array([float(pss_bytes())])
         messages.sum_in_place(p.topology.node, held)
