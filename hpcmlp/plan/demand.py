@@ -12,7 +12,7 @@ import numpy as np
 from hpcmlp import traffic
 from hpcmlp.data.order import Order
 from hpcmlp.ops.activations import NEEDS_PRE
-from hpcmlp.plan.record import Op, Recording, Transfer
+from hpcmlp.plan.record import Op, Recording, Transfer, meeting
 from hpcmlp.plan.workload import EVALUATION_ROWS, Workload
 from hpcmlp.sync.buckets import part_bounds
 from hpcmlp.sync.memory import buffer_elements
@@ -21,7 +21,6 @@ PROCESS_BYTES = 60e6    # of a rank without arrays, where no machine file says i
 # float32 that an operation reads and writes for each element of its main array; others 2.
 MOVED = {"adam": 7, "momentum": 5, "rmsprop": 5, "finite": 1, "sum_squares": 1, "column_sum": 1, "checksum": 1,
          "add": 3, "ema": 3, "dropout": 2, "relu_backward": 3, "gelu_backward": 3}
-SMALLEST_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def sent_bytes(w: Workload, recording: Recording, rank: int = 0) -> int:
     Local. With shared they are those between nodes. A call of the MPI library counts as what the rank gives it.
     """
     if w.is_local:
-        return _meeting_bytes(w) // w.local_steps
+        return sum(_transfer_bytes(w, half, rank) for half in meeting(w)) // w.local_steps
     if w.sharded:
         return _sliced_bytes(w, rank)
     total = 0
@@ -209,11 +208,6 @@ def _sliced_bytes(w: Workload, rank: int) -> int:
                                                                          rank)
         total += gathered + (w.accumulate - 1) * _transfer_bytes(w, reduced, rank) + _transfer_bytes(w, last, rank)
     return total + (_transfer_bytes(w, Transfer("run", "sum"), rank) if w.clip_norm is not None else 0)
-
-
-def _meeting_bytes(w: Workload) -> int:
-    bounds = part_bounds(w.spec.layout().size, w.ranks)
-    return traffic.reduce_sends(bounds, 0, w.wire, 9) + traffic.gather_sends(bounds, 0, w.wire)
 
 
 def summary(w: Workload, recording: Recording, found: Memory, data_on_disk: int) -> dict[str, Any]:

@@ -11,14 +11,12 @@ Not in the model: ranks that are late, other jobs on the network, contention in 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from hpcmlp import traffic
 from hpcmlp.errors import ConfigError
 from hpcmlp.plan.machine import Machine
-from hpcmlp.plan.record import Op, Recording, Transfer, record
+from hpcmlp.plan.record import Op, Recording, Transfer, meeting, record
 from hpcmlp.plan.workload import Workload
-from hpcmlp.sync.control import ControlWords
 from hpcmlp.sync.overlap import INTERVAL_S
 
 UPDATES = {"adam", "sgd", "momentum", "rmsprop", "ema"}
@@ -60,7 +58,7 @@ def step_time(workload: Workload, machine: Machine, recording: Recording | None 
     result.parts["fixed"] = machine.fixed_s(min(w.ranks, w.ranks_per_node))
     result.parts["input"] = machine.input_s + machine.row_s * w.local_rows
     if w.is_local:
-        result.parts["comm"] += _meeting_s(w, machine) / w.local_steps
+        result.parts["comm"] += sum(transfer_s(w, machine, half) for half in meeting(w)) / w.local_steps
     return result
 
 
@@ -201,15 +199,6 @@ def _served_s(w: Workload, machine: Machine, level: str, num_bytes: int) -> floa
     return w.workers * hop_s(machine, level, "reduce", slice_bytes, 1)
 
 
-def _meeting_s(w: Workload, machine: Machine) -> float:
-    """A meeting after local steps: an all-reduce of the parameters."""
-    from hpcmlp.sync.buckets import part_bounds
-    size = w.spec.layout().size
-    words = ControlWords(w.ranks).array.size
-    halves = [Transfer("run", half, 0, size, part_bounds(size, w.ranks), words) for half in ("reduce", "gather")]
-    return sum(transfer_s(w, machine, half) for half in halves)
-
-
 def evaluation_s(w: Workload, machine: Machine, rows: int) -> float:
     """Return the seconds in which the ranks take `rows` samples through the network once (inference). Local."""
     mine = -(-rows // w.ranks)
@@ -220,9 +209,3 @@ def evaluation_s(w: Workload, machine: Machine, rows: int) -> float:
         seconds += machine.op_s(Op("forward", at_once * d_out, (at_once, d_in, d_out)), ranks)
         seconds += machine.op_s(Op(f"bias_{w.spec.activation}", at_once * d_out), ranks)
     return seconds * mine / at_once
-
-
-def describe_parts(parts: dict[str, float]) -> dict[str, Any]:
-    """Return shares of the whole, for people. Local."""
-    total = sum(parts.values()) or 1.0
-    return {name: seconds / total for name, seconds in parts.items()}

@@ -15,6 +15,7 @@ ROWS = (1, 64, 1024, 16384)
 WIDTHS = (1, 16, 256, 4096)
 SIZES = (2**8, 2**14, 2**17, 2**18, 2**20, 2**26)
 CACHE_BYTES, CACHE_BANDWIDTH = 2**20, 40e9      # of a core, assumed for all
+ALONE_BANDWIDTH = 15e9      # of a core whose neighbours are idle, assumed for all
 PASS_FLOATS = {"gather": 2, "gather_uint8": 1.25, "bias_identity": 2, "bias_relu": 2, "relu_backward": 3,
                "bias_gelu": 2, "gelu_backward": 3, "column_sum": 1, "softmax_cross_entropy": 3, "mean_squared": 3,
                "layer_norm": 3, "layer_norm_backward": 4, "dropout_mask": 0.25, "dropout": 2.25, "add": 3, "finite": 1,
@@ -73,14 +74,13 @@ def profile(name: str) -> Machine:
                           f"{', '.join(HARDWARE)}); 'hpcmlp bench --calibrate FILE.json' measures a machine.")
     h = HARDWARE[name]
     products = {form: _grid(h) for form in PRODUCTS}
-    ops = {op: [[n, h.begin_s + 4 * floats * n / _rate(h, 4 * floats * n)] for n in SIZES]
-           for op, floats in PASS_FLOATS.items()}
     node = {half: [[n, 1e-6 + 2 * n / h.bandwidth] for n in SIZES]
             for half in ("reduce", "gather", "together", "shared_reduce")}
     node["shared_gather"] = [[n, 2e-6] for n in SIZES]
-    both = {"1": products, str(h.cores): products}
-    return Machine(name, f"built-in profile, not measured: {h.source}", h.cores, h.memory_bytes, 1, h.cores, both,
-                   {"1": ops, str(h.cores): ops}, node if h.cores > 1 else {},
+    alone = replace(h, bandwidth=max(h.bandwidth, ALONE_BANDWIDTH))
+    return Machine(name, f"built-in profile, not measured: {h.source}", h.cores, h.memory_bytes, 1, h.cores,
+                   {"1": {form: _grid(alone) for form in PRODUCTS}, str(h.cores): products},
+                   {"1": _passes(alone), str(h.cores): _passes(h)}, node if h.cores > 1 else {},
                    step_s={"1": h.step_s, str(h.cores): h.step_s}, input_s=1e-5, row_s=3e-8,
                    read_s_per_byte=1e-9, write_s_per_byte=2e-9, watts=h.watts)
 
@@ -96,6 +96,11 @@ def with_network(machine: Machine, name: str) -> Machine:
     net: dict[str, Any] = {"reduce": table, "gather": table, "together": table, "latency_s": link.latency_s,
                            "s_per_byte": 1.0 / link.bandwidth, "cpu_s_per_byte": 1e-10}
     return replace(machine, net=net, source=f"{machine.source}; network {name}, not measured: {link.source}")
+
+
+def _passes(h: Hardware) -> dict[str, list[list[float]]]:
+    return {op: [[n, h.begin_s + 4 * floats * n / _rate(h, 4 * floats * n)] for n in SIZES]
+            for op, floats in PASS_FLOATS.items()}
 
 
 def _rate(h: Hardware, num_bytes: float) -> float:

@@ -18,6 +18,8 @@ from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import activations, losses
 from hpcmlp.plan.workload import Workload
 from hpcmlp.sync import Plan, make_strategy, plan
+from hpcmlp.sync.buckets import Bucket, part_bounds
+from hpcmlp.sync.control import ControlWords
 from hpcmlp.sync.step import Step
 
 
@@ -294,7 +296,7 @@ class _Loss:
 def record(workload: Workload, rank: int = 0, links: tuple[float, float] | None = None) -> Recording:
     """Return what `rank` does in a step of `workload`, and holds. Local.
 
-    Local steps are recorded as steps of a rank alone: what the ranks send each other when they meet is not in them.
+    Local steps are recorded as steps of a rank alone, which sends nothing; `meeting` is what the ranks then exchange.
     links : (latency s, s per byte) between nodes, by which overlapped buckets are sized; None: 1 MiB and up.
     """
     ops, w = RecordingOps(), workload
@@ -324,16 +326,23 @@ def record(workload: Workload, rank: int = 0, links: tuple[float, float] | None 
         for number in range(3):     # a gathering is waited for in the step after it
             ops.events.clear()
             step.run(batch, number, 1e-3)
-            recordings.append(list(ops.events))
+            recordings.append([e for e in ops.events if isinstance(e, Op) or not w.is_local])
     if w.ema:
         recordings[-1].append(Op("ema", max(1, optimizer.size)))
     return Recording(recordings[-1], recordings[-2], dict(ops.held), planned)
 
 
+def meeting(w: Workload) -> list[Transfer]:
+    """Return what goes between the ranks when they meet after local steps: both halves of an all-reduce. Local."""
+    size = w.spec.layout().size
+    words = ControlWords(w.ranks).array.size
+    return [Transfer("run", half, 0, size, part_bounds(size, w.ranks), words if half == "reduce" else 0)
+            for half in ("reduce", "gather")]
+
+
 def _plan(w: Workload, collective: RecordingCollective, size: int) -> Plan:
     """How the gradient is cut: by the function that training calls, but for servers, which take it whole."""
     if w.sync == "server":
-        from hpcmlp.sync.buckets import Bucket, part_bounds
         total = w.spec.layout().size
         return Plan([Bucket(0, total, part_bounds(total, w.ranks))], None, False, 0.0)
     overlap = False if w.whole else w.overlap

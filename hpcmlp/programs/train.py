@@ -187,7 +187,9 @@ class Training:
                     self._log({"kind": "event", "event": "resume", "step": step, "ranks": p.topology.size})
                 self._open_writer()
         rows = header_rows(p)
-        self.console.line(header([*rows, self.forecast.line()] if p.topology.rank == 0 else rows))
+        if self.forecast is not None and p.topology.rank == 0:
+            rows.append(self.forecast.line())
+        self.console.line(header(rows))
         if p.exchange.note:
             self.console.line(p.exchange.note)
         if self.config.shard == "params" and not p.sharded:
