@@ -51,6 +51,8 @@ ABSURD = "tests/test_config.py -k absurd"
 FAILED_WRITE = "tests/data/test_files.py -k failed_write"
 NOT_THERE = "tests/programs/test_names.py -k not_there"
 VIRTUAL = "tests/data/test_links.py -k virtual"
+SYNC = "        os.fsync(handle)\n    finally:\n        os.close(handle)\n    return"
+RENAME = "os.rename(temporary, path)\n        sync_directory(os.path.dirname(path) or"
 ATTACK = f"{SHARDS} -k attack_is_refused"
 UNSOUND = f"{READERS} -k unsound"
 MUTANTS = (
@@ -65,7 +67,7 @@ MUTANTS = (
            f"{SHARDS} -k foreign_filter"),
     Mutant("no values", GUARD, "if dataset.shape is None:", "if False:", ATTACK),
     Mutant("chunk records inside the file", GUARD, "if not (least <= record.size <= 2 * room + 64 and "
-           "record.byte_offset + record.size <= file_size):", "if False:", f"{SHARDS} -k crashes"),
+           "record.byte_offset + record.size <= file_size):", "if False:", ATTACK),
     Mutant("virtual sources welcome", GUARD, 'if outside is None or (source.file_name != "." and not outside(place)):',
            "if False:", ATTACK),
     Mutant("virtual sources plain", GUARD, "guarded(file, source.dset_name, limit_bytes)", "pass",
@@ -98,8 +100,8 @@ MUTANTS = (
     Mutant("idx: no columns", IDX, "if not all(self.shape[1:]):", "if False:", UNSOUND),
     Mutant("idx: inflated as declared", IDX, "_read_up_to(handle, expected + 1)",
            "_read_up_to(handle, 1 << 34)", f"{READERS} -k inflated"),
-    Mutant("columns that fit", "hpcmlp/data/tables.py", "if width > COLUMN_LIMIT:", "if width > 1 << 26:",
-           f"{READERS} -k 'unsound and wide'"),
+    Mutant("columns that fit", "hpcmlp/data/tables.py", "if width > COLUMN_LIMIT:", "if False:",
+           f"{READERS} -k 'unsound and npz and wide'"),
     Mutant("CSV: length of a line", CSV, "if (stops - starts).max() > _LINE_LIMIT_BYTES:",
            "if False:", CSV_TEST),
     Mutant("CSV: closed quotes", CSV, "        if inside:\n", "        if False:\n",
@@ -137,12 +139,11 @@ MUTANTS = (
            NOT_THERE),
     Mutant("values that can be drawn", "hpcmlp/run/curves.py", "return type(value) in (int, float) and abs(value) < "
            "_LARGEST", "return isinstance(value, int | float)", "tests/programs/test_report.py -k drawn"),
-    Mutant("atomic: sync before the name", FILES, "            os.fsync(handle)\n", "            pass\n",
-           FAILED_WRITE),
+    Mutant("atomic: sync before the name", FILES, SYNC, SYNC.replace("os.fsync(handle)", "pass"), FAILED_WRITE),
     Mutant("atomic: the temporary goes", FILES, "        _remove(temporary)\n        raise CannotWrite",
            "        raise CannotWrite", FAILED_WRITE),
-    Mutant("atomic: links not followed", FILES, "        os.rename(temporary, path)\n        sync",
-           "        open(path, 'wb').write(data)\n        os.unlink(temporary)\n        sync",
+    Mutant("atomic: links not followed", FILES, RENAME,
+           RENAME.replace("os.rename(temporary, path)", "open(path, 'wb').write(data)\n        os.unlink(temporary)"),
            "tests/data/test_files.py -k link_in_place"),
     Mutant("predictions laid out in memory", "hpcmlp/data/row_file.py", 'with h5py.File(laid_out, "w") as file:',
            'with h5py.File(temporary, "x") as file:', "tests/faults/test_campaign.py -k disk"),

@@ -34,14 +34,16 @@ def probe(paths: Sequence[str | os.PathLike]) -> None:
                               input=told, stderr=subprocess.DEVNULL, env=environ, timeout=_WALL_FACTOR * cpu_s)
         code, told = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
-        code, told = -signal.SIGXCPU, error.stdout or b""
+        code, told = None, error.stdout or b""
     if code == 0:
         return
     begun = told.count(b"\n")
     if not begun:
         raise DataError(f"{paths[0]}: the process that looks at HDF5 files first could not start (exit code {code}).")
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        what = f"does not come to an end opening it ({cpu_s} s)"
+    if code is None:
+        what = f"does not come to an end opening it ({_WALL_FACTOR * cpu_s} s of waiting)"
+    elif code in (-signal.SIGXCPU, -signal.SIGKILL):
+        what = f"does not come to an end opening it ({cpu_s} s of processor time)"
     elif code < 0:
         what = f"crashes opening it ({signal.Signals(-code).name})"
     else:

@@ -145,6 +145,12 @@ def attack(path, kind):
             file.create_dataset("x", (13, 3), "f4", chunks=(4, 3))[:4] = x[:4]
         elif kind == "bomb":
             file.create_dataset("x", (13, 2**18), "f4", chunks=(13, 2**18), compression="gzip", fillvalue=0)[...] = 0
+        elif kind == "chunk of two bytes":             # shorter than its checksum: libhdf5 ends by SIGSEGV on it
+            data = file.create_dataset("x", (13, 3), "f4", chunks=(13, 3), fletcher32=True)
+            data.id.write_direct_chunk((0, 0), b"ab")
+        elif kind == "long chunk":
+            data = file.create_dataset("x", (13, 3), "f4", chunks=(13, 3), compression="gzip")
+            data.id.write_direct_chunk((0, 0), bytes(5000))
         elif kind == "big chunk":
             file.create_dataset("x", (13, 2**27), "f4", chunks=(1, 2**27))
         elif kind == "objects":
@@ -165,6 +171,7 @@ def attack(path, kind):
     ("external storage", "keeps its bytes in"), ("external link", "is a link to"), ("soft link", "is a link to"),
     ("virtual", "takes its values from nowhere.h5"), ("never written", "never written"), ("huge", "declares"),
     ("hole", "1 of its 4 chunks"), ("bomb", "inflate"), ("big chunk", "chunks of 536870912 bytes"),
+    ("chunk of two bytes", "is not whole"), ("long chunk", "is not whole"),
     ("objects", "plain numbers"), ("reference", "plain numbers"), ("group", "no data set"), ("no values", "no values"),
     ("vector", "shape"), ("unequal", "7 rows"), ("missing", "not there")])
 def test_an_attack_is_refused_before_a_read(tmp_path, kind, words):
