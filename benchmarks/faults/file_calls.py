@@ -65,16 +65,14 @@ class FileCalls:
         path = event[1]
         if not self._below(path):
             return real()
+        number, self.number = self.number, self.number + 1
         if self.decide is not None:
             try:
-                verdict = self.decide(self.number, event[0], path)
+                if self.decide(number, event[0], path) == "skip":
+                    return pretend
             except Killed:
                 self._dead = True
                 raise
-            finally:
-                self.number += 1
-            if verdict == "skip":
-                return pretend
         result = real()
         self.events.append(event)
         return result
