@@ -32,10 +32,13 @@ PEERS_ACCURACY ?=
 # Of the fault campaign: programs of benchmarks/faults and options, such as "inputs --count 500".
 CAMPAIGN ?=
 WHEELHOUSE_EXTRAS ?= mpich,plot,progress
+# make test-gpu: a Python that has CuPy and perhaps PyTorch; options of the comparison.
+GPU_PYTHON ?= $(BIN)/python
+GPU_OPTIONS ?=
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install run example test test-cluster test-openmpi lint check bench bench-peers campaign clean distclean \
+.PHONY: help install run example test test-cluster test-gpu test-openmpi lint check bench bench-peers campaign clean distclean \
         wheelhouse
 .PRECIOUS: data/%/dataset.json
 .DELETE_ON_ERROR:
@@ -124,6 +127,9 @@ lint: $(VENV)/test-extras ## style check by ruff
 check: $(INSTALLED) ## what runs here: MPI library, cores, BLAS threads; ring between two ranks
 	$(MPIEXEC) -n 2 $(BIN)/python -c "from hpcmlp import launch; w = launch.open_world(); w.rank or print(w)"
 	$(MPIEXEC) -n 2 $(HPCMLP) bench comm
+
+test-gpu: $(INSTALLED) ## check and time the steps on this machine's GPU; GPU_PYTHON may name a Python with CuPy (and PyTorch)
+	PYTHONPATH=. $(GPU_PYTHON) benchmarks/gpu/compare.py $(GPU_OPTIONS)
 
 bench: $(INSTALLED) $(DATA)/dataset.json ## time the parts of a step with NP ranks
 	$(MPIEXEC) -n $(NP) $(HPCMLP) bench gemm

@@ -38,9 +38,10 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lamb", "lars")
 SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
 INITIALIZERS = ("auto", "he", "he_normal", "he_uniform", "glorot", "glorot_normal", "glorot_uniform", "lecun",
                 "lecun_normal", "lecun_uniform", "torch")
-SYNCS = ("auto", "shared", "ring", "native", "server")
+SYNCS = ("auto", "shared", "ring", "native", "nccl", "server")
 WIRES = ("float32", "bf16", "float16", "int8")
 DEVICES = ("cpu", "gpu")
+PRECISIONS = ("float32", "tf32", "bf16")
 SPLITS = ("train", "val", "test")
 
 
@@ -153,9 +154,13 @@ class TrainConfig:
     test: bool = option(True, help="evaluate the test split once at the end")
     # how it runs
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs")
+    precision: str = option("float32", choices=PRECISIONS, help="arithmetic of the matrix products on a GPU: tf32 "
+                            "keeps 10 bits of the mantissa, bf16 also of activations 8; parameters and sums stay "
+                            "float32")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
-                       "nodes), ring, native (the MPI library's own), or server (parameters on servers); auto: shared "
-                       "on one node, else the fastest in a short trial")
+                       "nodes), ring, native (the MPI library's own), nccl (between GPUs, one per rank), or server "
+                       "(parameters on servers); auto: nccl where it can be had with --device gpu, else shared on one "
+                       "node, else the fastest in a short trial")
     servers: int | None = option(None, kind=int, low=1, help="--sync server: ranks that hold the parameters; when "
                                  "fewer than all they do nothing else (default: 1)")
     staleness: str | None = option(None, help="--sync server: steps that parameters may change between a worker's pull "
@@ -322,6 +327,7 @@ class BenchConfig:
                                      "default as for train)")
     optimizer: str = option("adam", choices=OPTIMIZERS, help="update rule (step)")
     device: str = option("cpu", choices=DEVICES, help="where the arithmetic runs (step)")
+    precision: str = option("float32", choices=PRECISIONS, help="of the matrix products, with --device gpu (step)")
     bytes: tuple = option((4, 2**10, 2**14, 2**18, 2**20, 2**22, 2**24, 2**26), kind=int, many=True, low=4,
                           help="sizes of the arrays (comm)")
     data: str | None = option(None, help="data set directory made by prepare (io)", metavar="DIR")

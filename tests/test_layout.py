@@ -19,16 +19,17 @@ INSIDE = {
     "ops": "counter activations losses plain blocked _fused host device cublaslt launches emulated gpu_device "
            "ops",
     "nn": "nn layout losses network planned initializers optimizers schedules metrics auc",
-    "comm": "exact_sum messages topology agreement survive ring wire ring_wire native shared choice served post comm",
+    "comm": "exact_sum messages topology agreement survive ring wire ring_wire native nccl shared choice served post "
+            "comm",
     "data": "data files links guard layouts tables csv_numbers manifest order device_order arrays csv_reader "
             "hdf5_reader idx_reader npz_reader parquet_reader probe readers row_file splits statistics download "
             "sources targets preprocess cleaning selection summary shards describe samples resident streamed loader",
-    "sync": "buckets control memory strategy narrow overlap sync step sharded planned local ledger storage tasks "
-            "server",
+    "sync": "buckets control memory strategy narrow overlap sync step sharded planned device_step local ledger "
+            "storage tasks server",
     "plan": "plan workload record machine profiles demand events scaling outlook compare text picture job fit",
     "run": "run memory faults signals signs lateness beacon watchdog sealed state_file writer checkpoint directory "
-           "coordinator options session slices numbers parts account forecast roc evaluation together judge "
-           "record elastic curves trace timeline io_rates facts speeds checkup calibrate",
+           "coordinator options session slices numbers on_device parts account forecast roc evaluation together "
+           "judge record elastic curves trace timeline io_rates device_rates facts speeds checkup calibrate",
     "programs": "programs prepare train evaluate predict inspect report plan bench doctor launch",
 }
 # config stands beside the row: it imports errors only, and programs and cli alone import it.

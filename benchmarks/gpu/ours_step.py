@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hpcmlp.nn.network import NetworkSpec
 from hpcmlp.nn.optimizers import HYPER
 from hpcmlp.nn.planned import PlannedNetwork
 from hpcmlp.ops.cublaslt import Product
-from hpcmlp.ops.launches import Multiply
+from hpcmlp.ops.launches import Kernel, Multiply
 from hpcmlp.sync.planned import DeviceSamples, PlannedSteps
 
 
@@ -50,16 +51,18 @@ class OurStep:
         return 1e3 * self.device.seconds(lambda: self.run(count), 1) / count
 
     def products_ms(self) -> tuple[float, float, list[tuple[str, float]]]:
-        """Return the time of the step's products as planned, of the same without epilogues, and of each alone."""
+        """Return the time of the products as planned, of the same without epilogues, and of each launch alone."""
         planned = self.network.products()
         plain = []
         for launch in planned:
             p = launch.product
             plain.append(self.device.multiply(Product(p.m, p.n, p.k, p.a, p.b, p.d, p.lda, p.ldb, p.ldd, p.trans_a,
                                                       p.trans_b, compute=p.compute)))
-        self.device.tune(plain)
-        each = [(launch.product.key(), 1e3 * self._time([Multiply(launch.product, launch.planned)] * 8) / 8)
-                for launch in planned]
+        self.device.tune(plain, {})
+        each = [(launch.name,
+                 1e3 * self._time([replace(launch, side=False)] * 8) / 8)
+                for launch in self.steps.launches if isinstance(launch, Multiply | Kernel)
+                and launch.name != "finish_sums"]
         main = [Multiply(launch.product, launch.planned) for launch in planned]
         return 1e3 * self._time(main), 1e3 * self._time(plain), each
 

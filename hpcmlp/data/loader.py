@@ -107,6 +107,12 @@ class Loader:
         held = 0 if self._sequential is None else self._sequential.nbytes
         return held + (0 if self._batches is None else self._batches.memory_bytes)
 
+    @property
+    def resident(self) -> Resident | None:
+        """The shards in memory, where they are there and their order is not one of windows; else None."""
+        whole = self.order is not None and self.order.window_rows is None
+        return self._batches if whole and isinstance(self._batches, Resident) else None
+
     def batch(self, epoch: int, t: int) -> Batch:
         """Return this rank's share of global batch `t` of `epoch`; its arrays hold until the next call.
 

@@ -45,6 +45,11 @@ class Resident:
         self._plan_steps = max(1, min(_PLAN_STEPS, _PLAN_ROWS // max(1, local_rows)))
 
     @property
+    def shards(self) -> list[int]:
+        """Numbers of the shards held, one after the other in `samples`."""
+        return list(self._base)
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes of the samples held."""
         return self.samples.nbytes

@@ -47,31 +47,36 @@ class PlannedNetwork:
     clip_norm, average : largest gradient norm, decay of the averaged weights; or None.
     seed : of dropout.
     concurrent : weight gradients run beside the rest of the backward pass.
+    ranges : (start, stop) of the flat vector that this rank updates, multiples of 4; None: all of it.
+    params, grads : flat vectors of the device of `layout`, zero; None: made here. layout : of `spec`; None: made here.
     fused : products apply the mask of relu and sum the bias gradient; None: where that is faster.
 
     Attributes
     ----------
     layout : PaddedLayout of all flat vectors.
     params, grads : flat float32 vectors on the device; copy : in bf16, or None.
-    state : name -> flat vector, the names of `nn.optimizers`; averaged : flat vector or None.
+    state : name -> vector over the ranges, the names of `nn.optimizers`; averaged : the same, or None.
     notes : what could not be fused.
     """
 
     def __init__(self, spec: Any, loss: Any, device: Any, capacity: int, rule: str, hyper: dict[str, Any], *,
                  precision: str = "float32", target_width: int = 0, clip_norm: float | None = None,
-                 average: float | None = None, seed: int = 0, concurrent: bool = True, fused: bool | None = None):
+                 average: float | None = None, seed: int = 0, concurrent: bool = True, fused: bool | None = None,
+                 ranges: list[tuple[int, int]] | None = None, params: Any = None, grads: Any = None,
+                 layout: PaddedLayout | None = None):
         assert rule in RULES and not spec.layer_norm and not spec.residual and precision in PRECISIONS
         self.spec, self.loss, self.device, self.capacity = spec, loss, device, max(1, capacity)
         self.rule, self.hyper, self.precision, self.seed = rule, hyper, precision, seed
         self.target_width, self.clip_norm, self.concurrent = target_width, clip_norm, concurrent
         self.notes: list[str] = []
-        self.layout = spec.layout(PaddedLayout)
+        self.layout, self.dtype = layout or spec.layout(PaddedLayout), np.dtype(np.float32)
+        self.ranges = [(0, self.layout.size)] if ranges is None else ranges
         self.widths = [pad(n, PaddedLayout.WIDTH) for n in spec.sizes]
         self.narrow = precision == "bf16"
         self._compute = "tf32" if precision == "tf32" else "float32"
         self._suffix = "bf16" if self.narrow else "f32"
         self._storage = np.dtype(np.uint16 if self.narrow else np.float32)
-        self._make_vectors(average)
+        self._make_vectors(average, params, grads)
         self._make_activations()
         self.control = device.zeros(CONTROL.itemsize, np.uint8)
         self._hyper = device.zeros(HYPER.itemsize, np.uint8)
@@ -86,15 +91,17 @@ class PlannedNetwork:
 
     # ---- buffers
 
-    def _make_vectors(self, average: float | None) -> None:
+    def _make_vectors(self, average: float | None, params: Any, grads: Any) -> None:
         zeros, size = self.device.zeros, self.layout.size
-        self.params, self.grads = zeros(size, np.float32), zeros(size, np.float32)
+        self.params = zeros(size, np.float32) if params is None else params
+        self.grads = zeros(size, np.float32) if grads is None else grads
         self.copy = zeros(size, np.uint16) if self.narrow else None
         names = STATE[self.rule]
         if not self.hyper.get("momentum") and self.rule in ("sgd", "rmsprop"):
             names = tuple(n for n in names if n != "momentum")
-        self.state = {name: zeros(size, np.float32) for name in names}
-        self.averaged = None if average is None else zeros(size, np.float32)
+        owned = sum(stop - start for start, stop in self.ranges)
+        self.state = {name: zeros(owned, np.float32) for name in names}
+        self.averaged = None if average is None else zeros(owned, np.float32)
 
     def _make_activations(self) -> None:
         zeros, rows, widths = self.device.zeros, self.capacity, self.widths
@@ -309,18 +316,28 @@ class PlannedNetwork:
                        np.uint64(stop - start), self.grads[start:stop], np.int32(self.loss_grid), self._pairs,
                        self._partial))
 
-    def update(self, part: tuple[int, int] | None = None) -> Kernel:
-        """Return the launch that updates the parameters, or a part of them. Local."""
-        start, stop = part or (0, self.layout.size)
+    def close(self, steps: Any, results: Any) -> Kernel:
+        """Return the launch that decides about the update from the sums in the control block, and goes on. Local."""
+        return Kernel("close_step", 1, 1, (self.control, steps, results, np.float32(self.clip_norm or 0.0)))
 
-        def cut(vector: Any) -> Any:
-            return None if vector is None else vector[start:stop]
+    @property
+    def words(self) -> Any:
+        """The sums in the control block, float64: loss, weight, square of the gradient, not finite."""
+        return self.control[CONTROL.fields["loss"][1]:].view(np.float64)
 
-        second = cut(self.state.get("v", self.state.get("s")))
-        first = cut(self.state.get("m", self.state.get("momentum")))
-        grid = max(1, min(16 * self.device.multiprocessors, -(-(stop - start) // (4 * THREADS))))
-        return Kernel("update", grid, THREADS, (self.control, self._hyper, np.uint64(stop - start), cut(self.grads),
-                                                cut(self.params), first, second, cut(self.copy), cut(self.averaged)))
+    def update(self) -> list[Kernel]:
+        """Return the launches that update the parameters of this rank's ranges. Local."""
+        launches, at = [], 0
+        for start, stop in self.ranges:
+            owned, here = slice(at, at + stop - start), slice(start, stop)
+            at += stop - start
+            first, second = (_cut(v, owned) for v in (self.state.get("m", self.state.get("momentum")),
+                                                      self.state.get("v", self.state.get("s"))))
+            grid = max(1, min(16 * self.device.multiprocessors, -(-(stop - start) // (4 * THREADS))))
+            launches.append(Kernel("update", grid, THREADS, (
+                self.control, self._hyper, np.uint64(stop - start), self.grads[here], self.params[here], first, second,
+                _cut(self.copy, here), _cut(self.averaged, owned))))
+        return launches
 
     def narrow_params(self) -> list[Kernel]:
         """Return the launch that rounds the parameters into their bf16 copy: after they came from outside. Local."""
@@ -333,7 +350,7 @@ class PlannedNetwork:
         """Take the host vector `flat` of the layout as the parameters; a new average begins there. Local."""
         self.device.upload(flat, self.params)
         if self.averaged is not None:
-            self.device.upload(flat, self.averaged)
+            self.device.upload(np.concatenate([flat[start:stop] for start, stop in self.ranges]), self.averaged)
         self.device.run(self.narrow_params())
 
     def step_lines(self, out: np.ndarray, first: int, rates: Any) -> None:
@@ -353,6 +370,10 @@ class PlannedNetwork:
             out["second"] = (1.0 - h["beta2"] ** number) ** -0.5
         if self.rule == "adagrad":
             out["rate"] = rates / (1.0 + (number - 1.0) * h["lr_decay"])
+
+
+def _cut(vector: Any, piece: slice) -> Any:
+    return None if vector is None else vector[piece]
 
 
 _ACTIVATION = {kind: number for number, kind in enumerate(activations.KINDS)}

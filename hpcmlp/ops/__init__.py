@@ -1,5 +1,8 @@
 """Arithmetic on preallocated arrays: one contract, a NumPy side (host) and a CuPy side (device)."""
 
+from typing import Any
+
+from hpcmlp.errors import Unavailable
 from hpcmlp.ops.host import HostOps
 from hpcmlp.ops.plain import PlainOps
 
@@ -13,3 +16,19 @@ def open_ops(device: str, local_rank: int) -> PlainOps:
         return HostOps()
     from hpcmlp.ops.device import open_device  # pulls in CuPy, which only a GPU run pays for
     return open_device(local_rank)
+
+
+def open_planned(ops: PlainOps) -> Any:
+    """Return the device that runs planned launches, for operations from `open_ops` with "gpu".
+
+    Local. Raises Unavailable where cuBLASLt is not there.
+    """
+    if ops.xp.__name__ == "numpy":
+        from hpcmlp.ops.emulated import EmulatedDevice
+        return EmulatedDevice()
+    from hpcmlp.ops.gpu_device import GpuDevice
+    try:
+        return GpuDevice(ops.xp)
+    except OSError as error:
+        raise Unavailable(f"--device gpu needs cuBLASLt, which cannot be loaded ({error}); install the CUDA libraries "
+                          "that CuPy's [ctk] extra names, or run with --device cpu.") from error

@@ -52,12 +52,15 @@ class EmulatedDevice:
 
     name = "emulated"
     multiprocessors = 2
+    free_bytes = 1 << 40
+    has_nccl, prefers_nccl = True, False    # a stand-in, where it is asked for
     xp = np
 
     def __init__(self, refuse: Callable[[Product], bool] = lambda product: False):
         self._library = compile_kernels()
         self._kernels: dict[str, int] = {}
         self._refuse = refuse
+        self.identity = f"{os.uname().nodename} {os.getpid()}"
 
     def zeros(self, count: int, dtype: Any) -> np.ndarray:
         """Return an array of zeros. Local."""
@@ -71,12 +74,17 @@ class EmulatedDevice:
         """Copy an array of the device to the host. Local."""
         out[...] = array
 
+    def make_feed(self, arrays: list[tuple[int, Any]]) -> "Feed":
+        """Return a way for batches to the device: (elements, dtype) of each array of a batch. Local."""
+        return Feed(arrays)
+
     def multiply(self, product: Product, side: bool = False) -> Multiply | None:
         """Return the launch of a product, or None when the device has no algorithm for it. Local."""
         return None if self._refuse(product) else Multiply(product, None, side)
 
-    def tune(self, launches: list[Any]) -> None:
-        """Do nothing: there is one algorithm. Local."""
+    def tune(self, launches: list[Any], known: dict[str, str]) -> dict[str, str]:
+        """Return the one choice that there is for every product. Local."""
+        return {launch.product.key(): "only" for launch in launches} | known
 
     def capture(self, launches: list[Any], times: int = 1) -> Callable[[], None]:
         """Return a function that runs the launches `times` times. Local."""
@@ -103,6 +111,8 @@ class EmulatedDevice:
     def synchronize(self) -> None:
         """Do nothing: all is done. Local."""
 
+    settle = synchronize
+
     def _launch(self, kernel: Kernel) -> None:
         if kernel.name not in self._kernels:
             find = getattr(self._library, f"kernel_{kernel.name}")
@@ -111,6 +121,26 @@ class EmulatedDevice:
         values = [_argument(a) for a in kernel.arguments]
         prototype = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int, *(type(v) for v in values))
         prototype(self._kernels[kernel.name])(kernel.grid, kernel.block, *values)
+
+
+class Feed:
+    """As `gpu_device.Feed`: two places for a batch, whose copies are made at once."""
+
+    def __init__(self, arrays: list[tuple[int, Any]]):
+        self.host, self.device = ([[np.zeros(count, dtype) for count, dtype in arrays] for _ in range(2)]
+                                  for _ in range(2))
+
+    def wait(self, place: int) -> None:
+        """Do nothing: all is copied. Local."""
+
+    def send(self, place: int) -> None:
+        """Copy the place to the device. Local."""
+        for host, array in zip(self.host[place], self.device[place], strict=True):
+            array[...] = host
+            host[...] = 0   # nobody may count on what was there
+
+    def used(self, place: int) -> None:
+        """Do nothing: it is over. Local."""
 
 
 def _argument(value: Any) -> Any:

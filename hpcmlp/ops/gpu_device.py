@@ -1,5 +1,6 @@
 """A GPU that runs launches: CuPy for memory, streams and graphs, cuBLASLt for the products, NVRTC for the kernels."""
 
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,19 @@ class GpuDevice:
     Attributes
     ----------
     xp : CuPy.
+    identity : the device's UUID. has_nccl : whether CuPy has found NCCL.
     captures : False where the environment variable HPCMLP_GPU_GRAPHS is 0: launches are then queued one by one.
     """
+
+    prefers_nccl = True
 
     def __init__(self, xp: Any):
         self.xp = xp
         properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
         self.name = properties["name"].decode()
         self.multiprocessors = int(properties["multiProcessorCount"])
+        self.identity = str(properties.get("uuid"))
+        self.has_nccl = bool(getattr(xp.cuda.nccl, "available", False))
         self.stream = xp.cuda.Stream(non_blocking=True)
         self._side = xp.cuda.Stream(non_blocking=True)
         self._scratch = [xp.zeros(WORKSPACE_BYTES, np.uint8) for _ in range(2)]
@@ -57,6 +63,10 @@ class GpuDevice:
         assert out.flags.c_contiguous and out.nbytes == array.nbytes
         self.xp.cuda.runtime.memcpyAsync(out.ctypes.data, array.data.ptr, out.nbytes, 2, self.stream.ptr)
         self.stream.synchronize()
+
+    def make_feed(self, arrays: list[tuple[int, Any]]) -> "Feed":
+        """Return a way for batches to the device: (elements, dtype) of each array of a batch. Local."""
+        return Feed(self, arrays)
 
     def multiply(self, product: Product, side: bool = False) -> Multiply | None:
         """Return the launch of a product, or None when the library has no algorithm for it. Local."""
@@ -99,6 +109,15 @@ class GpuDevice:
         graph.upload(self.stream)
         return lambda: graph.launch(self.stream)
 
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that the device can still give."""
+        return int(self.xp.cuda.runtime.memGetInfo()[0])
+
+    def settle(self) -> None:
+        """Wait for everything on the device, also for what CuPy has queued beside these launches. Local."""
+        self.xp.cuda.runtime.deviceSynchronize()
+
     def synchronize(self) -> None:
         """Wait until all that was queued is done. Local."""
         self.stream.synchronize()
@@ -113,20 +132,20 @@ class GpuDevice:
         end.synchronize()
         return 1e-3 * float(self.xp.cuda.get_elapsed_time(begin, end)) / times
 
-    def tune(self, launches: list[Any]) -> None:
-        """Choose for every product the algorithm that is fastest on its own buffers. Local.
+    def tune(self, launches: list[Any], known: dict[str, str]) -> dict[str, str]:
+        """Choose for every product the algorithm that is fastest on its own buffers, and return the choices.
 
-        What the products write afterwards is what they would write in a step; nothing else is touched.
+        Local. `known` choices are taken over where the library still has them: sums keep their order then, and bits
+        their values. What the products write is what they would write in a step; nothing else is touched.
         """
-        known: dict[str, bytes] = {}
+        chosen = dict(known)
         for launch in launches:
-            if not isinstance(launch, Multiply):
-                continue
             planned, key = launch.planned, launch.product.key()
-            encoded = [bytes(a) for a in planned.algorithms]
-            if key not in known:
-                known[key] = encoded[self._fastest(planned)]
-            planned.choice = encoded.index(known[key]) if known[key] in encoded else 0
+            names = [bytes(algorithm).hex() for algorithm in planned.algorithms]
+            if chosen.get(key) not in names:
+                chosen[key] = names[self._fastest(planned)]
+            planned.choice = names.index(chosen[key])
+        return chosen
 
     def _fastest(self, planned: Any) -> int:
         """The place of the fastest algorithm; one that fails counts as slow."""
@@ -148,3 +167,35 @@ class GpuDevice:
             function = self._functions[kernel.name] = self._module.get_function(kernel.name)
         arguments = tuple(np.uint64(0) if a is None else a for a in kernel.arguments)
         function((kernel.grid,), (kernel.block,), arguments, stream=self._side if kernel.side else self.stream)
+
+
+class Feed:
+    """Two places for a batch, pinned on the host and on the device: one is filled while the other is in use.
+
+    Local. In this order: `wait(place)`, fill `host[place]`, `send(place)`, queue what reads `device[place]`,
+    `used(place)`. Copies run on a stream of their own, beside the steps.
+    """
+
+    def __init__(self, device: GpuDevice, arrays: list[tuple[int, Any]]):
+        xp = device.xp
+        pinned = importlib.import_module("cupyx").empty_pinned
+        self.host = [[pinned(count, dtype) for count, dtype in arrays] for _ in range(2)]
+        self.device = [[device.zeros(count, dtype) for count, dtype in arrays] for _ in range(2)]
+        self._runtime, self._main, self._copies = xp.cuda.runtime, device.stream, xp.cuda.Stream(non_blocking=True)
+        self._sent, self._used = ([xp.cuda.Event(disable_timing=True) for _ in range(2)] for _ in range(2))
+
+    def wait(self, place: int) -> None:
+        """Wait until the host's arrays of this place have been copied. Local."""
+        self._sent[place].synchronize()
+
+    def send(self, place: int) -> None:
+        """Copy the place to the device as soon as its last use is over, and let the main stream wait for it. Local."""
+        self._copies.wait_event(self._used[place])
+        for host, array in zip(self.host[place], self.device[place], strict=True):
+            self._runtime.memcpyAsync(array.data.ptr, host.ctypes.data, host.nbytes, 1, self._copies.ptr)
+        self._sent[place].record(self._copies)
+        self._main.wait_event(self._sent[place])
+
+    def used(self, place: int) -> None:
+        """Note that what was queued so far is the last to read this place. Local."""
+        self._used[place].record(self._main)

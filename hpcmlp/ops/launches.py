@@ -40,6 +40,10 @@ class Multiply:
     planned: Any
     side: bool = False
 
+    @property
+    def name(self) -> str:
+        return self.product.key()
+
 
 @dataclass
 class Fork:

@@ -29,7 +29,8 @@ from hpcmlp.traffic import check_wire
 ROWS = 8192  # made-up samples a rank draws its batches from
 ACTS_ON = {"sizes": ("step", "gemm"), "global_batch_size": ("step", "gemm", "io"), "sync": ("step",),
            "servers": ("step",), "bytes": ("comm",), "wire": ("step",), "overlap": ("step",), "bucket_mb": ("step",),
-           "optimizer": ("step",), "device": ("step",), "data": ("io",), "memory_limit": ("io",)}
+           "optimizer": ("step",), "device": ("step",), "precision": ("step",), "data": ("io",),
+           "memory_limit": ("io",)}
 
 
 def main(config: BenchConfig, comm: Any) -> int:
@@ -61,6 +62,7 @@ def _check(config: BenchConfig, size: int) -> None:
             raise ConfigError(f"{flag(name)} has no effect with bench {config.what}; it belongs to bench "
                               f"{' and '.join(whats)}.")
     if config.what == "step":
+        _check_device(config)
         check_wire(config.sync, config.wire)
         if config.servers is not None and (config.sync != "server" or config.servers > size):
             raise ConfigError(f"--servers {config.servers} has no effect with --sync {config.sync} on {size} ranks; it "
@@ -104,6 +106,23 @@ def calibrate(config: BenchConfig, topology: Topology) -> None:
               f"wrote {config.calibrate}: {machine.source}, in {taken:.0f} s", flush=True)
 
 
+def _check_device(config: BenchConfig) -> None:
+    """Raise ConfigError for what acts on one kind of device only."""
+    if config.sync == "nccl":
+        raise ConfigError("--sync nccl has no effect with bench step, which times the path through host memory.")
+    if config.device == "cpu":
+        if config.precision != "float32":
+            raise ConfigError(f"--precision {config.precision} has no effect with --device cpu, which computes in "
+                              "float32; it belongs to --device gpu.")
+        return
+    odd = {f"--optimizer {config.optimizer}": config.optimizer in ("lamb", "lars"), f"--wire {config.wire}":
+           config.wire != "float32", "--overlap": bool(config.overlap), "--sync server": config.sync == "server"}
+    given = [name for name, holds in odd.items() if holds]
+    if given:
+        raise ConfigError(f"{given[0]} has no effect with bench step --device gpu, which times planned steps; leave "
+                          "it out.")
+
+
 def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
     """Return the median time of a whole step (gather, forward, backward, reduce, update, share) and of its GEMMs alone.
 
@@ -116,19 +135,21 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
         roles = Roles(config.servers or 1, size)
     number, count = (rank, size) if roles is None else roles.share(rank) or (0, batch_rows + 1)
     rows = (number + 1) * batch_rows // count - number * batch_rows // count
-    ops = open_ops(config.device, topology.local_rank)
+    with agreed(topology.comm):
+        ops = open_ops(config.device, topology.local_rank)
+    if config.device == "gpu":
+        from hpcmlp.run.device_rates import time_planned_step
+        return time_planned_step(config, topology, ops)
     spec = NetworkSpec(tuple(config.sizes))
     layout = spec.layout()
     exchange = open_exchange(config.sync, topology, layout.size, np.float32, wire=config.wire,
                              servers=config.servers or 1, overlap=config.overlap)
-    on_host = config.device == "cpu"
     if roles is not None:
         from hpcmlp.sync.storage import one_bucket
         planned = Plan(one_bucket(layout.size, roles), None, False, 0.0)
     else:
         planned = plan(spec, exchange.collective, size, topology.num_nodes, config.bucket_mb, config.overlap)
-    network = Network(spec, ops, max(rows, 1), exchange.params if on_host else None,
-                      exchange.grads if on_host else None, piece=planned.piece)
+    network = Network(spec, ops, max(rows, 1), exchange.params, exchange.grads, piece=planned.piece)
     ops.from_host(initialize(spec, 0, "auto", np.float32), network.params)
     kind = make_strategy(False, exchange.collective.narrow, planned.overlap)
     strategy = kind(exchange.collective, planned.buckets, size, network.params, network.grads, ops)

@@ -170,6 +170,8 @@ class Training:
                                   f"started with ({meta['data']}); give that one, or another --out.")
             from hpcmlp.run.directory import check_same_run
             check_same_run(meta["config"], options(self.config), FREE_ON_RESUME)
+            if p.on_device is not None:
+                p.on_device.steps.algorithms = meta.get("algorithms", {})
 
         found, notes = self.session.restore(self.config.out, check)
         for note in notes:
@@ -271,7 +273,7 @@ class Training:
             begin = time.perf_counter()
             mark(INPUT, number)
             epoch, t = divmod(number, p.steps_per_epoch)
-            batch = p.loader.batch(epoch, t)
+            batch = p.loader.batch(epoch, t) if self.step.takes_batches else None
             mark(STEP, number)
             loaded = time.perf_counter()
             if fault is not None and fault.strike(number, p.strategy.params):
@@ -289,7 +291,7 @@ class Training:
             if not result.steps:
                 continue
             log = check = False
-            skips = skips + 1 if result.skipped else 0
+            skips = result.skips_at_end + (skips if result.skipped else 0)
             if c.elastic:
                 if self._news:      # when the next step after a loss was done, on the clock of this host
                     self._log({**self._news, "clock_s": time.monotonic()})

@@ -92,11 +92,11 @@ class Account:
         if not log:
             self.bytes_sent = result.bytes_sent
         self._epoch_rows += result.rows
-        if result.skipped:
-            progress.skipped += result.steps
+        if result.skips_at_end:
+            progress.skipped += result.steps if result.skipped else result.skips_at_end
             self._log({"kind": "event", "event": "skipped update", "step": number + 1,
                        "reason": "loss or gradient not finite"})
-        else:
+        if not result.skipped:
             progress.loss_sum += result.loss * result.weight
             progress.weight_sum += result.weight
             spike = is_spike(progress, result.loss)
@@ -107,16 +107,17 @@ class Account:
         if result.round is not None and (result.round.lost_steps or result.round.left_out):
             self._log({"kind": "event", "event": "left out", "step": number + 1, "ranks": result.round.left_out,
                        "rank_steps": result.round.lost_steps, "reason": "loss, gradient or state not finite"})
+        loss = result.loss if result.last_loss is None else result.last_loss
         if log:
-            self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": result.loss,
+            self._log({"kind": "step", "step": number + 1, "epoch": epoch, "loss": loss,
                        "lr": p.schedule.lr(number) * progress.lr_factor, "grad_norm": result.grad_norm,
                        "samples_per_s": result.rows / result.steps / mean["step"], "compute_s": mean["compute"],
                        "comm_s": mean["comm"], "hidden": result.hidden, "input_s": mean["input"],
                        **({"round": {"steps": result.steps, **asdict(result.round)}} if p.local else {})})
         if self._print_due:
             self._print_due = False
-            self._console.line(f"Step {number + 1}, loss = {result.loss:.2f}")
-        self._console.progress(number + 1, p.total_steps, result.loss)
+            self._console.line(f"Step {number + 1}, loss = {loss:.2f}")
+        self._console.progress(number + 1, p.total_steps, loss)
 
     def count_stretch(self, came: Any, seconds: float) -> None:
         """Take over what rank 0 has counted step by step in a stretch out of step (`sync.server.Stretch`). Local."""

@@ -62,6 +62,8 @@ class Judge:
             with p.strategy.showing(flat):
                 return evaluate_split(Entered(network, p.strategy, turns.count), p.ops, p.loss, turns, p.comm,
                                       p.manifest, full=False)
+        if p.on_device:     # its vectors are padded
+            flat = p.spec.layout().pack(network.layout.views(flat))
         if flat is not network.params:
             if self._network is None:
                 rows = min(EVALUATION_ROWS, max(p.manifest.rows("val"), p.manifest.rows("test")))

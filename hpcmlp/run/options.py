@@ -52,6 +52,14 @@ def check_fits(config: Any, manifest: Manifest, size: int) -> None:
                           "step by step; leave one out.")
     if config.shard == "params":
         _check_shard(config)
+    if config.sync == "nccl" and config.device == "cpu":
+        raise ConfigError("--sync nccl has no effect with --device cpu; it belongs to --device gpu with one GPU per "
+                          "rank.")
+    if config.sync == "nccl" and config.full_update:
+        raise ConfigError("--sync nccl has no effect with --full-update, which sums on the hosts; leave one out.")
+    if config.precision != "float32" and config.device == "cpu":
+        raise ConfigError(f"--precision {config.precision} has no effect with --device cpu, which computes in float32; "
+                          "it belongs to --device gpu.")
     if config.trace_steps is not None and not config.trace:
         raise ConfigError("--trace-steps has no effect without --trace; give both.")
     for name in ("outer_lr", "outer_momentum"):

@@ -5,18 +5,19 @@ from typing import Any
 import numpy as np
 
 from hpcmlp.comm import messages, open_exchange, rule
-from hpcmlp.comm.agreement import agreed
+from hpcmlp.comm.agreement import agreed, alike
 from hpcmlp.comm.topology import Topology
 from hpcmlp.data.loader import Loader
 from hpcmlp.data.manifest import Manifest
 from hpcmlp.data.samples import available_bytes
-from hpcmlp.errors import Unavailable
+from hpcmlp.errors import ConfigError, Unavailable
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
 from hpcmlp.nn.schedules import DEFAULTS as SCHEDULES
 from hpcmlp.nn.schedules import Schedule
 from hpcmlp.ops import open_ops
 from hpcmlp.plan.workload import EVALUATION_ROWS, Workload, from_options, num_steps
+from hpcmlp.run.on_device import plan_on_device, why_not
 from hpcmlp.run.options import chosen, make_loss
 from hpcmlp.run.session import Session
 from hpcmlp.sync import Plan, make_strategy, plan
@@ -43,6 +44,7 @@ class Parts:
     ----------
     loader, val : batches of the training rows, and of the validation rows (None without any).
     roles, apart : with --sync server who serves and who works, and out of step this rank's side of it; else None.
+    on_device : `run.on_device.OnDevice` where the steps are planned for a GPU, else None; path : about it, for people.
     local : whether ranks take steps by themselves between meetings.
     sharded : whether every rank has its slice of the parameters only.
     """
@@ -67,13 +69,27 @@ class Parts:
             self.steps_per_epoch = self.loader.steps_per_epoch
             self.total_steps = num_steps(config, self.steps_per_epoch)
             self.schedule = self._schedule()
-            self._hyper = chosen(config, f"--optimizer {config.optimizer}", HYPER[config.optimizer], HYPER)
-            make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self._hyper)   # checks
+            self.hyper = chosen(config, f"--optimizer {config.optimizer}", HYPER[config.optimizer], HYPER)
+            make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self.hyper)   # checks
             self._require_memory()
-        if self.sharded:
-            self._plan_sharded()
+        self.on_device: Any = None
+        why = why_not(config, self.spec)
+        if config.device == "gpu" and not why:
+            self.on_device = plan_on_device(self)
         else:
-            self._plan_step(params)
+            if config.sync == "nccl":
+                raise alike(ConfigError(f"--sync nccl has no effect with {why}, which is summed on the hosts; leave "
+                                        "one out."))
+            if config.precision != "float32":
+                raise alike(ConfigError(f"--precision {config.precision} has no effect with {why}, which computes in "
+                                        "float32; leave one out."))
+            if self.sharded:
+                self._plan_sharded()
+            else:
+                self._plan_step(params)
+        plain = f"fused kernels {'on' if self.ops.fused else 'off'}" if config.device == "cpu" else \
+            f"plain operations of CuPy ({why})"
+        self.path = self.on_device.describe() if self.on_device else plain
 
     def open_loader(self, split: str) -> Loader:
         """Return the loader of this rank's share of a split. Local; raises DataError or InputMissing."""
@@ -102,7 +118,7 @@ class Parts:
 
     def workload(self, sync: str) -> Workload:
         """Return this run as `hpcmlp.plan` describes it, with the collectives `sync`. Local."""
-        return from_options(self.config, self.manifest, self.spec, self.loss.kind, self._hyper, self.topology.size,
+        return from_options(self.config, self.manifest, self.spec, self.loss.kind, self.hyper, self.topology.size,
                             self.topology.local_size, sync)
 
     def _require_memory(self) -> None:
@@ -120,21 +136,21 @@ class Parts:
         """Make the network, the strategy, the optimizer and every buffer of the step."""
         c, ops, topology = self.config, self.ops, self.topology
         rows, layout = self._rows(), self.spec.layout()
-        self.exchange = open_exchange(self._sync(), topology, layout.size, np.float32, own_params=c.full_update,
+        self.exchange = open_exchange(self.sync_name(), topology, layout.size, np.float32, own_params=c.full_update,
                                       wire=c.wire, servers=c.servers or 1, overlap=self._may_overlap())
         on_host = c.device == "cpu"
         self.plan = self._plan_buckets(layout.size)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,
                                self.exchange.grads if on_host else None, piece=self.plan.piece,
                                recompute=c.recompute)
-        ops.from_host(self._initial_parameters() if params is None else params, self.network.params)
+        ops.from_host(self.initial_parameters() if params is None else params, self.network.params)
 
         def strategy(whole: bool, params: Any) -> Any:
             make = make_strategy(whole, self.exchange.collective.narrow, self.plan.overlap)
             return make(self.exchange.collective, self.plan.buckets, topology.size, params, self.network.grads, ops)
 
         self.strategy = strategy(c.full_update or self.local, self.network.params)
-        optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self._hyper)
+        optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)
         average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
         if average is not None:
             average.start(self.network.params)
@@ -168,7 +184,7 @@ class Parts:
         from hpcmlp.sync.memory import buffer_elements
         from hpcmlp.sync.sharded import ShardedStep, open_sharded
         c, ops, size = self.config, self.ops, sum(buffer_elements(self.spec))
-        self.exchange = open_exchange(self._sync(), self.topology, size, np.float32)
+        self.exchange = open_exchange(self.sync_name(), self.topology, size, np.float32)
         rows = np.array([self._rows()])     # evaluation cuts them alike on all ranks
         messages.max_in_place(self.comm, rows)
         self.network, self.strategy = open_sharded(self.exchange, self.spec, self.topology.size, ops, int(rows[0]),
@@ -176,9 +192,9 @@ class Parts:
         on_the_way = self.exchange.collective.starts and (self.topology.num_nodes > 1 or self.exchange.name == "ring")
         self.plan = Plan(self.strategy.buckets, None, on_the_way, 4 * size / 2**20)
         for number, span in enumerate(self.spec.layer_spans()):
-            self.strategy.take_layer(number, self._initial_parameters(span), self.strategy.params)
+            self.strategy.take_layer(number, self.initial_parameters(span), self.strategy.params)
         optimizer = make_optimizer(c.optimizer, ops, self.spec.layout(), self.strategy.ranges, np.float32,
-                                   **self._hyper)
+                                   **self.hyper)
         average = None if c.ema is None else Average(ops, self.strategy.ranges, c.ema, np.float32)
         if average is not None:
             average.start(self.strategy.params)
@@ -218,7 +234,7 @@ class Parts:
                                staleness=staleness, staleness_lr=c.staleness_lr, learning_rate=self.schedule.lr,
                                timeout_s=c.worker_timeout or DEFAULT_TIMEOUT_S)
 
-    def _sync(self) -> str:
+    def sync_name(self) -> str:
         """Return the collectives to open: where "auto" would try, a resumed run keeps those that it had.
 
         Sums over ranks differ in rounding between collectives, and a trial need not end twice alike. Ranks on other
@@ -234,7 +250,7 @@ class Parts:
                 state, _ = checkpoint.newest_good(c.out)
                 had = {} if state is None else state.meta.get("sync", {})
                 if (had.get("ranks"), had.get("nodes")) == (t.size, t.num_nodes):
-                    name = had["name"].encode()
+                    name = had["name"].replace("nccl", "auto").encode()
         return messages.broadcast_bytes(self.comm, name if self.comm.rank == 0 else None).decode()
 
     def _on_device(self, values: list[float] | None) -> Any:
@@ -245,7 +261,7 @@ class Parts:
         self.ops.from_host(np.array(values, np.float32), array)
         return array
 
-    def _initial_parameters(self, span: tuple[int, int] | None = None) -> np.ndarray:
+    def initial_parameters(self, span: tuple[int, int] | None = None) -> np.ndarray:
         """Rank 0 draws the initial parameters, all or those of a layer, and gives them out."""
         start, stop = span or (0, self.spec.layout().size)
         flat = np.empty(stop - start, np.float32)

@@ -22,7 +22,7 @@ def header_rows(p: Parts) -> list[tuple[str, str]]:
                     f"{f', {p.exchange.wire} on the wire' if p.exchange.wire != 'float32' else ''}"
                     f"{', whole update' if c.full_update else ''}{_overlap(p)}{_servers(p)}"
                     f"{', parameters in slices' if p.sharded else ''}"),
-            ("device", c.device + (f", fused kernels {'on' if p.ops.fused else 'off'}" if c.device == "cpu" else "")),
+            ("device", f"{c.device}, {p.path}"),
             ("data", f"{m.name}: {rows} rows of {m.num_features} features, {m.task}, {p.loader.mode}"),
             ("network", f"{'-'.join(map(str, p.spec.sizes))} {c.activation}, "
                         f"{p.network.layout.num_params:,} parameters, {p.loss.kind}"),
@@ -64,6 +64,7 @@ def checkpoint_meta(p: Parts) -> dict[str, Any]:
     return {"config": options(p.config), "network": asdict(p.spec), "loss": p.loss.metadata(),
             "data": os.path.abspath(p.config.data), "dataset_digest": m.digest(),
             "versions": versions(), **_storage(p),
+            **({"algorithms": p.on_device.steps.algorithms} if p.on_device is not None else {}),
             "sync": {"name": p.exchange.name, "ranks": p.topology.size, "nodes": p.topology.num_nodes},
             "model": {**model, "preprocessing_digest": m.preprocessing_digest()}}
 

@@ -7,6 +7,7 @@ timing, and the launches are captured: one graph of a step, and one of several s
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,46 @@ class DeviceSamples:
             None if v is None else _bring(device, np.asarray(v, np.float32)) for v in (samples.weight, shift, scale))
 
 
+class FedSamples:
+    """The samples of one batch at a time, sent from the host: for data that do not fit in the device's memory.
+
+    Local. Batch after batch takes one of two places in turn; a place looks to a step like samples that are resident.
+
+    Parameters
+    ----------
+    capacity : the most rows of a batch.
+    x_dtype, width, target_width, weighted : of the samples; `target_width` 0 for classes.
+    """
+
+    shards = (0,)
+
+    def __init__(self, device: Any, capacity: int, x_dtype: Any, width: int, target_width: int, weighted: bool,
+                 shift: Any = None, scale: Any = None):
+        shapes = [(capacity, width), (capacity, target_width) if target_width else (capacity,), (capacity,)]
+        kinds = [x_dtype, np.float32 if target_width else np.int32, np.float32]
+        self._feed = device.make_feed([(int(np.prod(s)), k) for s, k in zip(shapes, kinds, strict=True)])
+        self._host = [[array.reshape(s) for array, s in zip(place, shapes, strict=True)] for place in self._feed.host]
+        self._weighted = weighted
+        shift, scale = (None if v is None else _bring(device, np.asarray(v, np.float32)) for v in (shift, scale))
+        self.places = [SimpleNamespace(shards=self.shards, x=x, y=y, weight=weight if weighted else None, shift=shift,
+                                       scale=scale, width=width, is_bytes=np.dtype(x_dtype) == np.uint8,
+                                       target_width=target_width) for x, y, weight in self._feed.device]
+
+    def put(self, batch: Any, place: int) -> None:
+        """Send `batch` (`data.samples.Batch`) to a place, once what has used it is over. Local."""
+        self._feed.wait(place)
+        x, y, weight = self._host[place]
+        np.take(batch.source, batch.index, axis=0, out=x[:batch.rows])
+        y[:batch.rows] = batch.targets
+        if self._weighted:
+            weight[:batch.rows] = batch.weights
+        self._feed.send(place)
+
+    def used(self, place: int) -> None:
+        """Note that the step that reads this place is queued. Local."""
+        self._feed.used(place)
+
+
 def _bring(device: Any, values: np.ndarray) -> Any:
     out = device.zeros(max(1, values.size), values.dtype)
     if values.size:
@@ -49,51 +90,80 @@ def _bring(device: Any, values: np.ndarray) -> Any:
 
 
 class PlannedSteps:
-    """The steps of one rank that trains alone.
+    """The steps of one rank: whole ones where it trains alone or the ranks' GPUs speak with each other, else their
+    gradients and, apart from these, the updates.
 
     Local.
 
     Parameters
     ----------
     network : `nn.planned.PlannedNetwork`.
-    samples : DeviceSamples.
-    order : `data.order.Order` without windows.
+    samples : DeviceSamples, or FedSamples: then every step is given its batch by `feed` before it is queued.
+    order : `data.order.Order`, for DeviceSamples without windows.
     learning_rate : of the step number, from 0.
+    alone : whether a step needs nothing from other ranks, or from their hosts.
+    exchange : `comm.nccl.Nccl`, or None: then whole steps of several ranks are captured, collectives included.
 
     Attributes
     ----------
     graph_steps : steps of the larger graph, 1 before it is captured.
-    algorithms : what tuning chose.
+    launches : those of one step.
+    algorithms : product -> what was chosen for it; may be set before the first step, to go on with the same.
     """
 
     def __init__(self, network: Any, samples: DeviceSamples, order: Any, learning_rate: Callable[[int], float],
-                 rank: int = 0, size: int = 1):
+                 rank: int = 0, size: int = 1, alone: bool = True,
+                 exchange: Any = None):
         self.network, self.device, self.samples, self.order = network, network.device, samples, order
-        self.learning_rate, self._place = learning_rate, (rank, size)
+        self.learning_rate, self._rank_of = learning_rate, (rank, size)
         zeros, shards = self.device.zeros, max(1, len(samples.shards))
-        self._lines = max(1, min(BLOCK_STEPS, order.steps_per_epoch, BLOCK_BYTES // (8 * shards)))
+        self._lines = max(1, min(BLOCK_STEPS, order.steps_per_epoch,  # the same on all ranks
+                                 BLOCK_BYTES // (8 * len(order.shard_rows))))
         self._steps = zeros(self._lines * STEP.itemsize, np.uint8)
         self._results = zeros(self._lines * RESULT.itemsize, np.uint8)
         self._parts = zeros(self._lines * 2 * shards, np.int32)
         self._records = zeros(shards * SHARD.itemsize, np.uint8)
-        self._tables = zeros(shards * TABLE_ROWS + 1, np.int32)
-        self._host_results = np.zeros(self._lines, RESULT)
+        self.fed = isinstance(samples, FedSamples)
+        self._place = 0     # of fed samples, in use next
+        self._tables = zeros(max(network.capacity, shards * TABLE_ROWS + 1), np.int32)
+        self._host_results, self._host_steps = np.zeros(self._lines, RESULT), np.zeros(0, STEP)
+        self._host_control = np.zeros(1, CONTROL)
         self._epoch, self._t0, self._t1 = -1, 0, 0      # the block of steps laid out
         self._queued = self._read = 0                   # steps of it that were queued, and read back
-        self._launches = [self._gather(), *network.gradient(self._steps),
-                          network.sums(self._steps, self._results), network.update()]
-        self._replays: list[tuple[int, Callable[[], None]]] = []
-        self._warm = False
+        self._exchange = exchange
+        places = samples.places if self.fed else [samples]
+        self._lists = [self._list(alone, self._gather(place)) for place in places]
+        self.launches = self._lists[0]
+        self._replays: list[tuple[int, Callable[[], None]]] = []    # of fed samples one for each place
+        self._warm, self._alone = False, alone
+        self.algorithms: dict[str, str] = {}
         self.graph_steps = 1
 
-    def _gather(self) -> Kernel:
-        n, s = self.network, self.samples
+    def _list(self, alone: bool, gather: Kernel) -> list[Any]:
+        """The launches of a step, or of its gradient where other ranks' hosts take part."""
+        network, exchange, tables = self.network, self._exchange, (self._steps, self._results)
+        gradient = [gather, *network.gradient(self._steps)]
+        if exchange is not None:
+            words = network.words
+            return [*network.narrow_params(), *gradient, lambda: exchange.sum_parts(network.grads),
+                    network.sums(*tables, closes=False, part=network.ranges[0]), lambda: exchange.sum(words),
+                    network.close(*tables), *network.update(), lambda: exchange.gather_parts(network.params)]
+        if alone:
+            return [*gradient, network.sums(*tables), *network.update()]
+        return [*network.narrow_params(), *gradient, network.sums(*tables, closes=False)]
+
+    def _gather(self, s: Any) -> Kernel:
+        n = self.network
         warps = n.capacity * -(-n.widths[0] // GATHER_PIECE)
         return Kernel(f"gather_{'bf16' if n.narrow else 'f32'}", -(-warps // 8), 256,
                       (n.control, self._steps, self._records, self._parts, self._tables,
                        np.int32(max(1, len(s.shards))), None, s.x, np.int32(s.is_bytes), s.shift, s.scale, s.y,
                        np.int32(s.target_width), s.weight, np.int32(n.capacity), np.int32(s.width),
                        np.int32(n.widths[0]), n.x[0], n.targets, n.weights))
+
+    def feed(self, batch: Any) -> None:
+        """Send the batch of the step that is queued or taken next. Local."""
+        self.samples.put(batch, self._place)
 
     def queue(self, number: int, count: int = 1) -> None:
         """Queue the steps number .. number + count - 1 of the run; they lie in one epoch. Local."""
@@ -115,6 +185,35 @@ class PlannedSteps:
             return self._t1 - t
         return min(self._lines, self.order.steps_per_epoch - t) if self._read == self._queued else 0
 
+    def take(self, number: int) -> np.ndarray:
+        """Compute the gradient of step `number`, and wait for it. Local.
+
+        Returns the control block, a record of `ops.launches.CONTROL`: loss, weight, square and bad are of this rank.
+        """
+        epoch, t = divmod(number, self.order.steps_per_epoch)
+        if epoch != self._epoch or not self._t0 <= t < self._t1:
+            self._lay_out(epoch, t)
+        self._host_control[:] = 0
+        self._host_control["at"] = t - self._t0
+        self.device.upload(self._host_control.view(np.uint8), self.network.control)
+        self._launch(1)
+        self.device.download(self.network.control, self._host_control.view(np.uint8))
+        return self._host_control[0]
+
+    def line(self, number: int) -> np.ndarray:
+        """Return the line of the table, a record of `ops.launches.STEP`, of the step that was taken last. Local."""
+        return self._host_steps[number % self.order.steps_per_epoch - self._t0]
+
+    def update(self, number: int, factor: float) -> None:
+        """Update this rank's ranges with `factor` times the gradient, as step `number` has it. Local."""
+        line, control = self.line(number), self._host_control
+        control["skip"], control["factor"] = 0, factor
+        for name in ("rate", "keep", "second", "starts"):
+            control[name] = line[name]
+        self.device.upload(control.view(np.uint8), self.network.control)
+        self.device.run(self.network.update())
+        self.device.synchronize()
+
     def results(self) -> np.ndarray:
         """Wait for the queued steps and return those records not returned before, of `ops.launches.RESULT`. Local."""
         self.device.download(self._results, self._host_results.view(np.uint8))
@@ -129,19 +228,35 @@ class PlannedSteps:
         lines = np.zeros(self._t1 - t, STEP)
         first = epoch * per_epoch + t
         self.network.step_lines(lines, first, [self.learning_rate(first + k) for k in range(len(lines))])
-        parts, lines["rows"], lines["first"] = batch_parts(order, t, self._t1, *self._place, self.samples.shards)
+        parts, lines["rows"], lines["first"] = batch_parts(order, t, self._t1, *self._rank_of, self._all_shards())
+        if self.fed:    # row i of the batch is row i of the place that it was sent to
+            parts = np.zeros((len(lines), 2, 1), np.int32)
         if epoch != self._epoch:
-            records, tables = shard_records(order, epoch, self.samples.shards)
+            records, tables = self._order_tables(epoch)
             device.upload(records.view(np.uint8), self._records)
             device.upload(tables, self._tables[:len(tables)])
+        self._host_steps = lines
         device.upload(lines.view(np.uint8), self._steps[:lines.nbytes])
         device.upload(parts.reshape(-1), self._parts[:parts.size])
         device.upload(np.zeros(1, CONTROL).view(np.uint8), self.network.control)
         self._epoch, self._t0, self._queued, self._read = epoch, t, 0, 0
 
+    def _all_shards(self) -> list[int]:
+        return list(range(len(self.order.shard_rows))) if self.fed else self.samples.shards
+
+    def _order_tables(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if not self.fed:
+            return shard_records(self.order, epoch, self.samples.shards)
+        return np.zeros(1, SHARD), np.arange(self.network.capacity, dtype=np.int32)
+
     def _launch(self, count: int) -> None:
+        if self.fed:
+            self._launch_fed()
+            return
         if not self._warm:
-            self.device.run(self._launches)
+            if self.algorithms:
+                self.device.tune(self.network.products(), self.algorithms)
+            self.device.run(self.launches)
             self._warm = True
             count -= 1
         if count and not self._replays:
@@ -151,13 +266,32 @@ class PlannedSteps:
                 replay()
                 count -= steps
 
+    def _launch_fed(self) -> None:
+        """Queue the step that reads the place of the last batch that was sent."""
+        place, self._place = self._place, 1 - self._place
+        if self._warm and not self._replays:
+            self.algorithms = self.device.tune(self.network.products(), self.algorithms)
+            self._replays = [(1, self.device.capture(launches)) for launches in self._lists]
+        if self._replays:
+            self._replays[place][1]()
+        else:
+            if self.algorithms:
+                self.device.tune(self.network.products(), self.algorithms)
+            self.device.run(self._lists[place])
+            self._warm = True
+        self.samples.used(place)
+
     def _capture(self) -> None:
         """Choose algorithms, capture one step, and as many as take GRAPH_S together."""
-        self.device.tune(self.network.products())
-        self._replays = [(1, self.device.capture(self._launches))]
+        self.algorithms = self.device.tune(self.network.products(), self.algorithms)
+        self._replays = [(1, self.device.capture(self.launches))]
+        if not self._alone:
+            return
         self.graph_steps = max(1, min(GRAPH_STEPS, int(GRAPH_S / self.estimate_s())))
+        if self._exchange is not None:
+            self.graph_steps = self._exchange.least(self.graph_steps)
         if self.graph_steps > 1:
-            self._replays.insert(0, (self.graph_steps, self.device.capture(self._launches, self.graph_steps)))
+            self._replays.insert(0, (self.graph_steps, self.device.capture(self.launches, self.graph_steps)))
 
     def estimate_s(self) -> float:
         """Return about how long the products of a step take on the device, seconds. Local."""

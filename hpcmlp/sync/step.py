@@ -18,6 +18,8 @@ class StepResult:
     two meetings: 1 and None but for local steps. `comm_s` is the time in which the computing thread worked on or waited
     for communication, `flight_s` that in which messages were under way: `comm_s` itself where nothing overlaps. With
     overlap a gathering counts in the step that waits for it. `bytes_sent` are this rank's, where the collective counts.
+    Where several steps are read back at once `last_loss` is the loss of the last one, `skipped` says that all of them
+    changed nothing, `skips` how many at their end.
     """
 
     rows: int = 0
@@ -34,6 +36,13 @@ class StepResult:
     bytes_sent: int = 0
     steps: int = 1
     round: Any = None
+    last_loss: float | None = None
+    skips: int | None = None
+
+    @property
+    def skips_at_end(self) -> int:
+        """How many steps, the last one and those right before it, changed nothing."""
+        return int(self.skipped) if self.skips is None else self.skips
 
     @property
     def hidden(self) -> float:
@@ -47,7 +56,7 @@ def hidden_share(comm_s: float, flight_s: float) -> float:
 
 
 class Step:
-    """The planned step: every buffer is made here, once.
+    """The step on arrays: every buffer is made here, once.
 
     Parameters
     ----------
@@ -59,6 +68,8 @@ class Step:
     seed : seed of dropout.
     average : `nn.optimizers.Average` of the weights, or None.
     """
+
+    takes_batches = True    # `run` wants the rank's batch
 
     def __init__(self, network: Any, loss: Any, optimizer: Any, strategy: Any, ops: Any, *, rows: int,
                  micro_batches: int = 1, shift: Any = None, scale: Any = None, clip_norm: float | None = None,
