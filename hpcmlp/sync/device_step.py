@@ -67,6 +67,7 @@ class AloneStep:
         return StepResult(
             steps=len(records), rows=int(records["rows"].sum()), weight=weight, stop=self._stop,
             loss=float(records["loss"][good].sum()) / weight if weight else 0.0, skipped=not good.any(), skips=skips,
+            not_finite=int(not np.isfinite(records["loss"] + records["square"]).all()),
             last_loss=float(last["loss"] / last["weight"]) if last["weight"] else 0.0,
             grad_norm=float(np.sqrt(last["square"]) / last["weight"]) if last["weight"] else None)
 
