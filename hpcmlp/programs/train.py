@@ -208,7 +208,13 @@ class Training:
     def _open_writer(self) -> None:
         from hpcmlp.run.writer import Writer
         self.writer = Writer()
-        self.writer.start(lambda: self.session.make_room(self.parts.val is not None))
+        self.writer.start(self._prepare_saving)
+
+    def _prepare_saving(self) -> None:
+        """Do what need not hold up the first save. Local; on the writer's thread."""
+        checkpoint_meta(self.parts)
+        if not self.parts.sharded:
+            self.session.make_room(self.parts.val is not None)
 
     # ---- survivors of an elastic run
 
@@ -385,7 +391,7 @@ class Training:
             if self.writer is not None:
                 self.writer.start(lambda: saved)
             return
-        state = self.session.capture(checkpoint_meta(self.parts))
+        state = self.session.capture({} if self.writer is None else checkpoint_meta(self.parts))
         if self.writer is not None:
             from hpcmlp.run import checkpoint
             run_dir, keep, copied_s = self.config.out, self.config.keep, time.perf_counter() - begin

@@ -53,6 +53,7 @@ class Parts:
         self.config, self.topology, self.comm, self.manifest = config, topology, topology.comm, manifest
         self.roles: Any = None
         self.apart: Any = None
+        self.constant_meta: dict[str, Any] | None = None    # of checkpoints; see `run.record`
         self.sharded = config.shard == "params" and topology.size > 1
         if config.sync == "server":
             from hpcmlp.comm.served import Roles

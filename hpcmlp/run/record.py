@@ -56,17 +56,25 @@ def _overlap(p: Parts) -> str:
 
 
 def checkpoint_meta(p: Parts) -> dict[str, Any]:
-    """Return what a checkpoint holds beside arrays and progress, as plain values. Local."""
+    """Return what a checkpoint holds beside arrays and progress, as plain values. Local.
+
+    What stays the same in a run is made once: its digests take as long as half a copy of 100 MB.
+    """
+    if p.constant_meta is None:
+        p.constant_meta = _constant_meta(p)
+    return {**p.constant_meta, **_storage(p),
+            **({"algorithms": p.on_device.steps.algorithms} if p.on_device is not None else {}),
+            "sync": {"name": p.exchange.name, "ranks": p.topology.size, "nodes": p.topology.num_nodes}}
+
+
+def _constant_meta(p: Parts) -> dict[str, Any]:
     m = p.manifest
     model = {name: getattr(m, name) for name in ("task", "classes", "target_names", "feature_names", "x_dtype",
                                                  "preprocessing", "load_shift", "load_scale", "target_shift",
                                                  "target_scale")}
     return {"config": options(p.config), "network": asdict(p.spec), "loss": p.loss.metadata(),
             "data": os.path.abspath(p.config.data), "dataset_digest": m.digest(),
-            "versions": versions(), **_storage(p),
-            **({"algorithms": p.on_device.steps.algorithms} if p.on_device is not None else {}),
-            "sync": {"name": p.exchange.name, "ranks": p.topology.size, "nodes": p.topology.num_nodes},
-            "model": {**model, "preprocessing_digest": m.preprocessing_digest()}}
+            "versions": versions(), "model": {**model, "preprocessing_digest": m.preprocessing_digest()}}
 
 
 def options(config: Any) -> dict[str, Any]:
