@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from hpcmlp.comm.messages import all_gather_bytes, gather_bytes
-from hpcmlp.run.lateness import STUCK, Verdict, judge, sentence, with_age
+from hpcmlp.run.lateness import SILENT, STUCK, Verdict, judge, sentence, with_age
 from hpcmlp.run.signs import PHASES, Sign, Signs, line_of
 
 BEATS = 8               # beats within the limit
@@ -198,24 +198,26 @@ class Watchdog:
         if self._judges or self._beacon.node == 1:      # of those that rank 0's node does not reach one is enough
             self._say(text)
         self._write_stacks(text, stacks)
+        self._beaten = time.monotonic()     # this thread was busy, not without a processor
 
     def _act(self, verdict: Verdict) -> None:
         """Remove the late ranks or end the job, once the wait has lasted long enough."""
         local = {rank: k for k, rank in enumerate(self._signs.ranks)}
         here = [sign for sign in verdict.late if sign.rank in local] if self._removes else []
-        dead = [sign for sign in here if sign.state in ("stopped", "gone")]
-        patience = 1.0 if dead else verdict.patience
+        stopped = [sign for sign in here if sign.state == "stopped"]
+        # One that has gone and is waited for all the same is one that MPI does not miss: nobody can go on without it.
+        gone = any(sign.state == "gone" for sign in verdict.late)
+        patience = SILENT if gone else 1.0 if stopped else verdict.patience
         if any(sign.state == "busy" for sign in verdict.late):      # it may only lack a processor
             patience = max(patience, STUCK)
         if verdict.waited_s < patience * self.limit_s:
             return
-        for sign in dead or here:
-            self._say(f"rank {sign.rank} (pid {sign.pid}) is killed; the others go on without it")
-            self._signs.send(local[sign.rank], signal.SIGKILL)
-        if here:
-            return
-        self._end_all(f"after {verdict.waited_s:.1f} s of waiting the job ends with {CODE}; run the same command with "
-                      "--resume to go on from the newest checkpoint")
+        for sign in () if gone else stopped or here:
+            if self._signs.send(local[sign.rank], signal.SIGKILL):
+                self._say(f"rank {sign.rank} (pid {sign.pid}) is killed; the others go on without it")
+        if gone or not here:
+            self._end_all(f"after {verdict.waited_s:.1f} s of waiting the job ends with {CODE}; run the same command "
+                          "with --resume to go on from the newest checkpoint")
 
     def _end_all(self, text: str) -> None:
         self._say(text)

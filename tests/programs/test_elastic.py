@@ -59,7 +59,6 @@ def plain(flowers, hpcmlp, tmp_path_factory):
     (3, "rank=0,step=46,act=kill", 2),      # the first step of an epoch; who logs and saves is gone
     (4, "rank=0+2,step=40,act=kill", 2),
     (3, "rank=0+1,step=119,act=kill", 1),
-    (3, "rank=1,step=40,act=exit:3", 2),
     (3, "rank=2,step=40,act=stop", 2),      # removed by the watchdog
 ])
 def test_the_survivors_go_on_with_the_same_batches_and_lose_no_step(flowers, hpcmlp, plain, tmp_path, ranks, fault,
@@ -81,6 +80,16 @@ def test_the_survivors_go_on_with_the_same_batches_and_lose_no_step(flowers, hpc
     assert not (run / "lock").exists()
     if "stop" in fault:
         assert "late: rank 2" in done.stderr and "is stopped" in done.stderr and "is killed" in done.stderr
+
+
+@needs_ulfm
+def test_a_rank_that_leaves_without_a_word_and_that_mpi_does_not_miss_costs_a_restart(flowers, hpcmlp, tmp_path):
+    run = tmp_path / "run"
+    done = hpcmlp("launch", "-n", 3, "--max-restarts", 1, "--backoff", 0, "--", "train", "--elastic", "--data",
+                  flowers, "--out", run, *OPTIONS, "--watchdog", 1, env={"HPCMLP_FAULT": "rank=2,step=60,act=exit:3"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "is gone, in step 60" in done.stderr and "starts again on 2 ranks" in done.stderr
+    assert json.loads((run / "summary.json").read_text())["ranks"] == 2
 
 
 @needs_ulfm
