@@ -26,6 +26,7 @@ MPICH_BYTES_PER_RANK = 1_100_000
 # UCX, under MPICH, takes 4.2 MB more for each rank where they are to be had and crashes where they are so for some
 # ranks only (17 to 24 MB free for 3 ranks). MPICH has shared memory of its own, so UCX does without where it is scarce.
 UCX_BYTES_PER_RANK, UCX_BYTES = 10_000_000, 30_000_000
+M_PERTURB = -6      # of glibc's mallopt
 LAUNCHER_PROCESSES = ("hydra_pmi_proxy", "hydra_bstrap_pr", "mpiexec", "mpirun", "orted", "prted", "prterun",
                       "slurmstepd", "palsd", "pmi_proxy")
 SLURM_INTERACTIVE_STEPS = ("4294967290", "4294967291")   # the shell of an allocation, the batch script: no ranks
@@ -76,7 +77,7 @@ def open_world() -> World:
     if not MPI.Is_initialized():
         if _library(MPI).startswith("MPICH"):
             _fit_node_memory(_local_size(os.environ) or 1)
-        MPI.Init_thread(MPI.THREAD_MULTIPLE if crowded else MPI.THREAD_SERIALIZED)
+        _initialise(MPI, MPI.THREAD_MULTIPLE if crowded else MPI.THREAD_SERIALIZED)
     comm = MPI.COMM_WORLD
     if expected is not None and expected != comm.size:
         raise ConfigError(size_mismatch(expected, variable, comm.size, _library(MPI)))
@@ -236,6 +237,23 @@ def _load_mpi() -> Any:
         raise ConfigError(f"No MPI library can be opened ({' '.join(str(error).split())}); load the site's MPI module, "
                           "or on a machine without one: pip install 'hpcmlp[mpich]'.") from None
     return MPI
+
+
+def _initialise(MPI: Any, level: int) -> None:
+    """Initialise MPI, under srun's PMI with memory that is handed out as zeros.
+
+    MPICH (5.0.2) passes a buffer that it has not filled to SLURM. Zeros in it travel as a few letters; what happened to
+    be in freed memory may make a line longer than the 1,024 bytes that SLURM reads (22.05), and all ranks wait for ever.
+    """
+    mallopt = None
+    if "PMI_FD" in os.environ and "SLURM_STEP_ID" in os.environ and "MPI_LOCALNRANKS" not in os.environ:
+        import ctypes
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_PERTURB, 255)     # glibc: every piece is filled with the complement of this byte
+    MPI.Init_thread(level)
+    if mallopt is not None:
+        mallopt(M_PERTURB, 0)
 
 
 def _share_of_cores(MPI: Any, comm: Any, cores: frozenset[int]) -> tuple[float, float]:

@@ -58,6 +58,7 @@ class Slurm:
         end = time.monotonic() + seconds
         while (shown := self.show(job))["JobState"] not in states:
             if time.monotonic() > end:
+                self.run("scancel", "--signal=KILL", "--full", job)     # the next tests need its cores
                 pytest.fail(f"job {job} is not {states} but {shown}\n{self.output(job)}\n{self.logs()}")
             time.sleep(0.1)
         return shown
