@@ -242,8 +242,9 @@ def _load_mpi() -> Any:
 def _initialise(MPI: Any, level: int) -> None:
     """Initialise MPI, under srun's PMI with memory that is handed out as zeros.
 
-    MPICH (5.0.2) passes a buffer that it has not filled to SLURM. Zeros in it travel as a few letters; what happened to
-    be in freed memory may make a line longer than the 1,024 bytes that SLURM reads (22.05), and all ranks wait for ever.
+    MPICH (5.0.2) passes a buffer that it has not filled to SLURM. Zeros in it travel as a few letters; what happened
+    to be in freed memory may make a line longer than the 1,024 bytes that SLURM (22.05) seems to read: all ranks then
+    wait for ever, with "invalid client request" in SLURM's log.
     """
     mallopt = None
     if "PMI_FD" in os.environ and "SLURM_STEP_ID" in os.environ and "MPI_LOCALNRANKS" not in os.environ:

@@ -53,7 +53,7 @@ class Slurm:
         """What scontrol says of a job, as a dictionary."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "-o", "show", "job", job).splitlines()[0]))
 
-    def wait(self, job, states=ENDED, seconds=90):
+    def wait(self, job, states=ENDED, seconds=150):
         """Wait until the job is in one of the states and return what scontrol says of it then."""
         end = time.monotonic() + seconds
         while (shown := self.show(job))["JobState"] not in states:
@@ -63,7 +63,7 @@ class Slurm:
             time.sleep(0.1)
         return shown
 
-    def finish(self, job, state="COMPLETED", seconds=90):
+    def finish(self, job, state="COMPLETED", seconds=150):
         """Wait for the end of a job; it must be `state`. Returns what scontrol says of it."""
         shown = self.wait(job, seconds=seconds)
         assert shown["JobState"] == state, f"{shown}\n{self.output(job)}\n{self.logs()}"
@@ -77,7 +77,7 @@ class Slurm:
         """The ends of the daemons' logs."""
         return self.run("sh", "-c", f"tail -n 12 {PLACE}/slurm*.log")
 
-    def wait_for(self, condition, job, seconds=90):
+    def wait_for(self, condition, job, seconds=150):
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"{self.show(job)}\n{self.output(job)}"
@@ -101,7 +101,7 @@ def slurm(tmp_path_factory, clouds):
                SLURM, "--hosts", "4", "--lost-after", "12", "--", "sh", "-c", "echo ready; exec sleep 3600"]
     process = subprocess.Popen([sys.executable, *command],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    if not select.select([process.stdout], [], [], 90)[0] or process.stdout.readline() != "ready\n":
+    if not select.select([process.stdout], [], [], 120)[0] or process.stdout.readline() != "ready\n":
         process.kill()
         said = process.communicate()[1]
         if process.returncode == 69 and "missing" in said:
@@ -288,7 +288,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm):
 def test_a_killed_rank_ends_the_job_soon(slurm):
     job = slurm.submit("train-cpu.sh", options=TWO_BY_TWO, RUN="runs/killed", OPTIONS=LONG,
                        HPCMLP_FAULT="rank=3,step=20,act=kill")
-    slurm.finish(job, "FAILED", seconds=40)     # without --kill-on-bad-exit the others would wait for ever
+    slurm.finish(job, "FAILED", seconds=60)     # without --kill-on-bad-exit the others would wait for ever
     assert not (slurm.folder / "runs/killed/summary.json").exists()
 
 
