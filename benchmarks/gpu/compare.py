@@ -84,7 +84,10 @@ def start_up(program: list[str], runs: int) -> list[float]:
     seconds = []
     for _ in range(runs):
         begin = time.time()
-        done = subprocess.run([sys.executable, *program], cwd=HERE, capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, *program], cwd=HERE, capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(HERE.parents[1])})
+        if done.returncode:
+            raise RuntimeError(done.stderr)
         seconds.append(json.loads(done.stdout.strip().splitlines()[-1])["done"] - begin)
     return seconds
 

@@ -43,7 +43,7 @@ class Nccl:
     """
 
     def __init__(self, comm: MPI.Intracomm, stream: Any, part: int):
-        nccl = importlib.import_module("cupy.cuda").nccl
+        nccl = importlib.import_module("cupy.cuda.nccl")
         self._comm, self._stream, self._part, self._rank = comm, stream, part, comm.rank
         self._float32, self._float64, self._sum = nccl.NCCL_FLOAT32, nccl.NCCL_FLOAT64, nccl.NCCL_SUM
         unique = nccl.get_unique_id() if comm.rank == 0 else None

@@ -19,7 +19,7 @@ import numpy as np
 from hpcmlp.nn.layout import PaddedLayout, pad
 from hpcmlp.ops import activations, counter, losses
 from hpcmlp.ops.cublaslt import Product
-from hpcmlp.ops.launches import CONTROL, HYPER, Fork, Join, Kernel, Multiply
+from hpcmlp.ops.launches import CONTROL, HYPER, PARTIAL, Fork, Join, Kernel, Multiply
 
 PRECISIONS = ("float32", "tf32", "bf16")
 RULES = {"adam": 0, "adamw": 0, "sgd": 1, "rmsprop": 2, "adagrad": 3}
@@ -85,8 +85,8 @@ class PlannedNetwork:
         # products with masks and sums take more time than plain ones and a kernel (measured, see benchmarks/notes).
         self._masked = self.capacity * max(self.widths) <= FUSED_ELEMENTS if fused is None else fused
         self._sums_bias = [False] * spec.num_layers
-        self._partials: list[Any] = []
-        self._tickets = device.zeros(max(self.widths), np.int32)
+        self._partials: list[Any] = []  # of the list of launches in the making
+        self._kept: list[Any] = []      # arrays that launches know by address
         self._plan_products()
 
     # ---- buffers
@@ -241,6 +241,7 @@ class PlannedNetwork:
             if layer:
                 launches.append(self._input_products[layer])
                 launches += self._activate_backward(layer, steps)
+        launches += self._sum_partials()
         if self.concurrent and layers > 1:
             launches.append(Join())
         return launches
@@ -276,25 +277,41 @@ class PlannedNetwork:
         return [self._backward_kernel(layer, steps, self.spec.activation, self.x[layer] if pre is None else pre)]
 
     def _backward_kernel(self, at: int, steps: Any, kind: str, pre: Any) -> Kernel:
-        """d[at] times what the activation and dropout make of it, and its column sums."""
-        packs, most = self.widths[at] * self._storage.itemsize // 16, 8 * self.device.multiprocessors
+        """d[at] times what the activation and dropout make of it, and its column sums, piece by piece."""
+        packs, blocks = self.widths[at] * self._storage.itemsize // 16, 8 * self.device.multiprocessors
         across = packs if packs <= 64 else 32
-        strips = -(-packs // across)
-        parts = max(1, min(most // strips, -(-self.capacity // (4 * (THREADS // across)))))
+        strips, depth = -(-packs // across), THREADS // across
+        # Few rows a thread where a batch is small; where it is large as many pieces as fill the device.
+        parts = max(1, min(blocks // strips, -(-self.capacity // (8 * depth))))
         chunk = -(-self.capacity // parts)
         parts = -(-self.capacity // chunk)
-        sums = not self._sums_bias[at - 1]
+        dropped = at < self.spec.num_layers and self.spec.dropout > 0.0     # logits are not
         about = list(self._about(at, steps, kind))
-        if at == self.spec.num_layers:
-            about[5] = np.uint32(0)     # logits are not dropped
-        bias, partial, tickets = (self._bias_gradient(at - 1), self._bias_partial(parts * self.widths[at]),
-                                  self._tickets) if sums else (None, None, None)
-        return Kernel(f"activate_backward_{self._suffix}", strips * parts, THREADS,
-                      (*about, pre, self.d[at], bias, partial, tickets, np.int32(across), np.int32(chunk)))
+        if not dropped:
+            about[5] = np.uint32(0)
+        partial = None
+        if not self._sums_bias[at - 1]:
+            partial = self.device.zeros(parts * self.widths[at], np.float32)
+            self._partials.append((partial, self._bias_gradient(at - 1), parts, self.widths[at]))
+        pre = None if kind == "identity" else pre
+        name = "relu_backward" if kind in ("relu", "identity") and not dropped else "activate_backward"
+        return Kernel(f"{name}_{self._suffix}", strips * parts, THREADS,
+                      (*about, pre, self.d[at], partial, np.int32(across), np.int32(chunk)))
 
-    def _bias_partial(self, count: int) -> Any:
-        self._partials.append(self.device.zeros(count, np.float32))
-        return self._partials[-1]
+    def _sum_partials(self) -> list[Kernel]:
+        """The launch that adds up the bias gradients of all layers that have only sums of pieces."""
+        if not self._partials:
+            return []
+        records, block = np.zeros(len(self._partials), PARTIAL), 0
+        for record, (partial, bias, parts, stride) in zip(records, self._partials, strict=True):
+            record["partial"], record["bias"] = self.device.address(partial), self.device.address(bias)
+            record["parts"], record["stride"], record["first_block"] = parts, stride, block
+            block += -(-stride // 32)
+        table = self.device.zeros(records.nbytes, np.uint8)
+        self.device.upload(records.view(np.uint8), table)
+        self._kept.append((table, self._partials))
+        count, self._partials = len(records), []
+        return [Kernel("sum_partials", block, THREADS, (table, np.int32(count)))]
 
     def _loss_kernel(self, steps: Any) -> Kernel:
         o = self.loss.options

@@ -66,6 +66,10 @@ class EmulatedDevice:
         """Return an array of zeros. Local."""
         return np.zeros(count, dtype)
 
+    def address(self, array: np.ndarray) -> int:
+        """Return where an array begins. Local."""
+        return int(array.ctypes.data)
+
     def upload(self, host: np.ndarray, out: np.ndarray) -> None:
         """Copy a host array to the device. Local."""
         out[...] = host

@@ -34,11 +34,11 @@ class GpuDevice:
         self.name = properties["name"].decode()
         self.multiprocessors = int(properties["multiProcessorCount"])
         self.identity = str(properties.get("uuid"))
-        self.has_nccl = bool(getattr(xp.cuda.nccl, "available", False))
+        self.has_nccl = _has_nccl()
         self.stream = xp.cuda.Stream(non_blocking=True)
         self._side = xp.cuda.Stream(non_blocking=True)
         self._scratch = [xp.zeros(WORKSPACE_BYTES, np.uint8) for _ in range(2)]
-        self.blas = Blas(lambda a: a.data.ptr, [a.data.ptr for a in self._scratch])
+        self.blas = Blas(self.address, [a.data.ptr for a in self._scratch])
         source = Path(__file__).with_name("gpu_kernels.cu").read_text(encoding="ascii")
         self._module = xp.RawModule(code=source, options=("--std=c++17",))
         self._functions: dict[str, Any] = {}
@@ -51,6 +51,10 @@ class GpuDevice:
         """Return an array of zeros on the device. Local."""
         with self.stream:
             return self.xp.zeros(count, dtype)
+
+    def address(self, array: Any) -> int:
+        """Return where an array begins. Local."""
+        return int(array.data.ptr)
 
     def upload(self, host: np.ndarray, out: Any) -> None:
         """Copy a host array to the device; the host array may be changed when this returns. Local."""
@@ -167,6 +171,14 @@ class GpuDevice:
             function = self._functions[kernel.name] = self._module.get_function(kernel.name)
         arguments = tuple(np.uint64(0) if a is None else a for a in kernel.arguments)
         function((kernel.grid,), (kernel.block,), arguments, stream=self._side if kernel.side else self.stream)
+
+
+def _has_nccl() -> bool:
+    """Whether CuPy finds NCCL: an attribute of cupy.cuda only once it is imported."""
+    try:
+        return bool(importlib.import_module("cupy.cuda.nccl").available)
+    except (ImportError, AttributeError, OSError):
+        return False
 
 
 class Feed:

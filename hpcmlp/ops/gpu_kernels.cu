@@ -262,27 +262,31 @@ extern "C" __global__ void name(const Control *control, const Step *steps, int k
 ACTIVATE(activate_f32, float)
 ACTIVATE(activate_bf16, bf16)
 
-// d = d * mask * f'(pre), in place, and bias = column sums of it, of type float; bias may be null.
+// d = d * mask * f'(pre), in place, and its column sums over pieces of the rows, of type float.
 //
 // A block works on a strip of `across` packs of 16 bytes and on `chunk` rows; its threads are `across` wide and
-// blockDim / across deep. Sums over the rows of a block go to `partial` (chunks, stride); the block of a strip that
-// finishes last adds them up, in order. pre is the pre-activation, for relu the output will do; null for identity.
+// blockDim / across deep. Sums over the rows of a block go to `partial` (chunks, stride), which may be null;
+// sum_partials adds them up. pre is the pre-activation, for relu the output will do; null for identity. PLAIN: relu or
+// identity without dropout, where a product has left the padding zero: numbers are kept or cleared, never converted.
 template <class T> struct alignas(16) Pack { T v[16 / sizeof(T)]; };
 
-template <class T>
+__device__ inline bool above_zero(float value) { return value > 0.0f; }
+__device__ inline bool above_zero(bf16 value) { return (short)value > 0; }     // not of a NaN, which no relu gives
+
+template <bool PLAIN, class T>
 __device__ void activate_rows_backward(const Control *control, const Step *steps, int kind, u64 seed_key, u64 layer,
                                        u32 limit, float kept, int capacity, int width, int stride, const T *pre, T *d,
-                                       float *bias, float *partial, int *tickets, int across, int chunk) {
+                                       float *partial, int across, int chunk) {
     const int N = 16 / sizeof(T);
     __shared__ float sums[256][N + 1];
-    __shared__ int last;
     int packs = stride / N, strips = (packs + across - 1) / across, depth = blockDim.x / across;
-    int strip = blockIdx.x % strips, part = blockIdx.x / strips, parts = gridDim.x / strips;
+    int strip = blockIdx.x % strips, part = blockIdx.x / strips;
     int column = strip * across + (int)threadIdx.x % across, group = threadIdx.x / across;
     bool active = group < depth && column < packs;
-    u64 base = limit ? layer_key(seed_key, steps[control->at].number, layer) : 0;
-    u64 first = limit ? steps[control->at].first : 0;
+    u64 base = !PLAIN && limit ? layer_key(seed_key, steps[control->at].number, layer) : 0;
+    u64 first = !PLAIN && limit ? steps[control->at].first : 0;
     float sum[N];
+    #pragma unroll
     for (int j = 0; j < N; j++) sum[j] = 0.0f;
     int end = (part + 1) * chunk < capacity ? (part + 1) * chunk : capacity;
     if (active) {
@@ -291,53 +295,68 @@ __device__ void activate_rows_backward(const Control *control, const Step *steps
             size_t at = (size_t)row * stride + (size_t)column * N;
             Pack<T> value = *(const Pack<T> *)(d + at), before;
             if (pre) before = *(const Pack<T> *)(pre + at);
-            u64 key = limit ? finalize(base ^ (first + row)) : 0;
+            u64 key = !PLAIN && limit ? finalize(base ^ (first + row)) : 0;
+            #pragma unroll
             for (int j = 0; j < N; j++) {
-                float v = as_float(value.v[j]);
-                if (pre) v *= slope(kind, as_float(before.v[j]));
-                if (limit) v = bits_of(key, column * N + j) >= limit ? v * kept : 0.0f;
-                if (column * N + j >= width) v = 0.0f;
-                put(&value.v[j], v);
+                if (PLAIN) {
+                    if (pre && !above_zero(before.v[j])) value.v[j] = 0;
+                } else {
+                    float v = as_float(value.v[j]);
+                    if (pre) v *= slope(kind, as_float(before.v[j]));
+                    if (limit) v = bits_of(key, column * N + j) >= limit ? v * kept : 0.0f;
+                    if (column * N + j >= width) v = 0.0f;
+                    put(&value.v[j], v);
+                }
                 sum[j] += as_float(value.v[j]);
             }
-            if (pre || limit) *(Pack<T> *)(d + at) = value;
+            if (pre || (!PLAIN && limit)) *(Pack<T> *)(d + at) = value;
         }
     }
-    if (!bias) return;
+    if (!partial) return;
+    #pragma unroll
     for (int j = 0; j < N; j++) sums[threadIdx.x][j] = sum[j];
     __syncthreads();
-    if (active && group == 0)
-        for (int j = 0; j < N; j++) {
-            float total = sum[j];
-            for (int k = 1; k < depth; k++) total += sums[threadIdx.x + k * across][j];
-            if (parts == 1) bias[column * N + j] = total;
-            else partial[(size_t)part * stride + column * N + j] = total;
-        }
-    if (parts == 1) return;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(&tickets[strip], 1) == parts - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    for (int j = threadIdx.x; j < across * N; j += blockDim.x) {
-        int at = strip * across * N + j;
+    for (int k = threadIdx.x; k < across * N; k += blockDim.x) {
+        int at = strip * across * N + k;
         if (at >= stride) break;
         float total = 0.0f;
-        for (int k = 0; k < parts; k++) total += ((volatile float *)partial)[(size_t)k * stride + at];
-        bias[at] = total;
+        for (int g = 0; g < depth; g++) total += sums[g * across + k / N][k % N];
+        partial[(size_t)part * stride + at] = total;
     }
-    if (threadIdx.x == 0) tickets[strip] = 0;
 }
-#define ACTIVATE_BACKWARD(name, T) \
+#define ACTIVATE_BACKWARD(name, PLAIN, T) \
 extern "C" __global__ void name(const Control *control, const Step *steps, int kind, u64 seed_key, u64 layer, u32 limit, \
-                                float kept, int capacity, int width, int stride, const T *pre, T *d, float *bias, \
-                                float *partial, int *tickets, int across, int chunk) { \
-    activate_rows_backward<T>(control, steps, kind, seed_key, layer, limit, kept, capacity, width, stride, pre, d, bias, \
-                              partial, tickets, across, chunk); \
+                                float kept, int capacity, int width, int stride, const T *pre, T *d, float *partial, \
+                                int across, int chunk) { \
+    activate_rows_backward<PLAIN, T>(control, steps, kind, seed_key, layer, limit, kept, capacity, width, stride, pre, d, \
+                                     partial, across, chunk); \
 }
-ACTIVATE_BACKWARD(activate_backward_f32, float)
-ACTIVATE_BACKWARD(activate_backward_bf16, bf16)
+ACTIVATE_BACKWARD(activate_backward_f32, false, float)
+ACTIVATE_BACKWARD(activate_backward_bf16, false, bf16)
+ACTIVATE_BACKWARD(relu_backward_f32, true, float)
+ACTIVATE_BACKWARD(relu_backward_bf16, true, bf16)
+
+// Bias gradients from the partial sums of all layers: 32 columns a block, in a fixed order.
+struct Partial { const float *partial; float *bias; int parts, stride, first_block, unused; };
+
+extern "C" __global__ void sum_partials(const Partial *layers, int count) {
+    __shared__ float sums[8][33];
+    int layer = 0, lane = threadIdx.x % 32, group = threadIdx.x / 32;
+    while (layer + 1 < count && layers[layer + 1].first_block <= (int)blockIdx.x) layer++;
+    const Partial own = layers[layer];
+    int column = ((int)blockIdx.x - own.first_block) * 32 + lane;
+    float sum = 0.0f;
+    if (column < own.stride) {
+        #pragma unroll 8
+        for (int k = group; k < own.parts; k += 8) sum += own.partial[(size_t)k * own.stride + column];
+    }
+    sums[group][lane] = sum;
+    __syncthreads();
+    if (group == 0 && column < own.stride) {
+        for (int k = 1; k < 8; k++) sum += sums[k][lane];
+        own.bias[column] = sum;
+    }
+}
 
 // ---- losses: one warp per row; kinds as in hpcmlp/ops/losses.py KINDS
 
@@ -569,6 +588,7 @@ extern "C" __global__ void narrow(u64 count, const float *p, bf16 *q) {
 #ifdef HPCMLP_EMULATED
 // Whether threads of a block meet.
 EXPORT(gather_f32, false) EXPORT(gather_bf16, false) EXPORT(activate_f32, false) EXPORT(activate_bf16, false)
-EXPORT(activate_backward_f32, true) EXPORT(activate_backward_bf16, true) EXPORT(loss_f32, true)
+EXPORT(activate_backward_f32, true) EXPORT(activate_backward_bf16, true) EXPORT(relu_backward_f32, true)
+EXPORT(relu_backward_bf16, true) EXPORT(sum_partials, true) EXPORT(loss_f32, true)
 EXPORT(loss_bf16, true) EXPORT(close_step, false) EXPORT(finish_sums, true) EXPORT(update, false) EXPORT(narrow, false)
 #endif

@@ -1,6 +1,6 @@
 """What a device is asked to do, as a list that can be replayed: kernels, matrix products, meetings of two streams."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ CONTROL = np.dtype([("at", "i4"), ("ticket", "i4"), ("skip", "i4"), ("factor", "
                     ("bad", "f8")])
 SHARD = np.dtype([("rows", "i4"), ("a", "i4"), ("b", "i4"), ("table", "i4"), ("keys", "u4", (6,)), ("base", "i4"),
                   ("unused", "i4")])
+PARTIAL = np.dtype([("partial", "u8"), ("bias", "u8"), ("parts", "i4"), ("stride", "i4"), ("first_block", "i4"),
+                    ("unused", "i4")])
 HYPER = np.dtype([("rule", "i4"), ("decoupled", "i4"), ("nesterov", "i4"), ("unused", "i4"), ("beta1", "f4"),
                   ("beta2", "f4"), ("eps", "f4"), ("decay", "f4"), ("momentum", "f4"), ("dampening", "f4"),
                   ("average", "f4"), ("clip", "f4")])
@@ -53,6 +55,12 @@ class Fork:
 @dataclass
 class Join:
     """From here on the main stream may use what the side stream has done so far."""
+
+
+def on_one_stream(launches: list[Any]) -> list[Any]:
+    """Return the launches without a second stream, in the same order. Local."""
+    return [replace(launch, side=False) if isinstance(launch, Kernel | Multiply) else launch
+            for launch in launches if not isinstance(launch, Fork | Join)]
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hpcmlp.data.device_order import batch_parts, shard_records
-from hpcmlp.ops.launches import CONTROL, RESULT, SHARD, STEP, Kernel
+from hpcmlp.ops.launches import CONTROL, RESULT, SHARD, STEP, Kernel, on_one_stream
 
 BLOCK_STEPS = 4096
 BLOCK_BYTES = 64 << 20      # of the table of parts
@@ -119,7 +119,7 @@ class PlannedSteps:
         zeros, shards = self.device.zeros, max(1, len(samples.shards))
         self._lines = max(1, min(BLOCK_STEPS, order.steps_per_epoch,  # the same on all ranks
                                  BLOCK_BYTES // (8 * len(order.shard_rows))))
-        self._steps = zeros(self._lines * STEP.itemsize, np.uint8)
+        self._steps = zeros((self._lines + 1) * STEP.itemsize, np.uint8)    # a line of no rows behind the last
         self._results = zeros(self._lines * RESULT.itemsize, np.uint8)
         self._parts = zeros(self._lines * 2 * shards, np.int32)
         self._records = zeros(shards * SHARD.itemsize, np.uint8)
@@ -271,6 +271,7 @@ class PlannedSteps:
         place, self._place = self._place, 1 - self._place
         if self._warm and not self._replays:
             self.algorithms = self.device.tune(self.network.products(), self.algorithms)
+            self._choose_streams()
             self._replays = [(1, self.device.capture(launches)) for launches in self._lists]
         if self._replays:
             self._replays[place][1]()
@@ -284,6 +285,7 @@ class PlannedSteps:
     def _capture(self) -> None:
         """Choose algorithms, capture one step, and as many as take GRAPH_S together."""
         self.algorithms = self.device.tune(self.network.products(), self.algorithms)
+        self._choose_streams()
         self._replays = [(1, self.device.capture(self.launches))]
         if not self._alone:
             return
@@ -292,6 +294,15 @@ class PlannedSteps:
             self.graph_steps = self._exchange.least(self.graph_steps)
         if self.graph_steps > 1:
             self._replays.insert(0, (self.graph_steps, self.device.capture(self.launches, self.graph_steps)))
+
+    def _choose_streams(self) -> None:
+        """Leave the second stream out where a gradient takes longer with it. Its bits are the same either way."""
+        gradient = self.network.gradient(self._steps)
+        both, one = (self.device.seconds(self.device.capture(launches, 2), 3)
+                     for launches in (gradient, on_one_stream(gradient)))
+        if one < both:
+            self._lists = [on_one_stream(launches) for launches in self._lists]
+            self.launches = self._lists[0]
 
     def estimate_s(self) -> float:
         """Return about how long the products of a step take on the device, seconds. Local."""
