@@ -11,7 +11,7 @@ from hpcmlp.errors import ConfigError, flag
 from hpcmlp.run import checkpoint
 from hpcmlp.run.options import check_fits
 
-OPTIONS = ("--hidden", "24,40,24", "--global-batch-size", 50, "--lr", 0.01, "--log-every", 1, "--ema", 0.9,
+OPTIONS = ("--hidden", "24,40,24", "--global-batch-size", 50, "--lr", 0.01, "--log-every", 3, "--ema", 0.9,
            "--clip-norm", 1.0, "--dropout", 0.1)
 
 
@@ -47,6 +47,8 @@ def test_a_run_in_slices_has_the_numbers_of_one_without(whole, hpcmlp, flowers, 
     for key in ("parameters_sha256", "val", "test", "best_step"):
         assert told[key] == wanted[key]
     assert (told["shard"], wanted["shard"]) == ("params", "none")
+    sent = told["plan"]["sent_bytes_per_rank_and_step"]     # foretold with the layers that recomputation gathers again
+    assert sent["foretold"] == sent["measured"] > 0
     ours, theirs = (checkpoint.newest_good(run)[0].arrays for run in (out, whole))
     assert set(ours) == set(theirs)
     for name, array in ours.items():
