@@ -46,9 +46,10 @@ def make_data(folder: Path) -> None:
                    stdout=subprocess.DEVNULL)
 
 
-def train(launch: list[str], case: tuple, data: Path, machine: str, folder: Path) -> dict:
+def train(launch: list[str], case: tuple, data: Path, machine: str, folder: Path, most_steps: int) -> dict:
     """Run one configuration and return its summary's plan with what it was."""
     hidden, batch, ranks, sync, steps = case
+    steps = min(steps, most_steps)
     with tempfile.TemporaryDirectory(dir=folder) as run:
         command = [*launch, sys.executable, "-m", "hpcmlp", "train", "--data", data, "--out", Path(run) / "out",
                    "--hidden", hidden, "--global-batch-size", batch, "--optimizer", "adam", "--sync", sync, "--steps",
@@ -67,7 +68,8 @@ def run_all(cases: list[tuple], launch, args: argparse.Namespace, folder: Path, 
     make_data(folder)
     for _ in range(args.repeat):
         for case in cases:
-            found = {**train(launch(case[2]), case, folder / "data", args.machine, folder), "link": link}
+            found = {**train(launch(case[2]), case, folder / "data", args.machine, folder, args.steps),
+                     "link": link}
             step = found["plan"]["step_s"]
             if args.out:
                 before = json.loads(args.out.read_text()) if args.out.exists() else []
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument("--mbit", type=float, default=1000, help="rate of the link, Mbit/s (link)")
     parser.add_argument("--only", default=":", help="configurations to run, as first:last (runs)")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10_000, help="most steps of a run: 3 do for memory and traffic")
     parser.add_argument("--out", type=Path, help="JSON file to add the results to")
     args = parser.parse_args()
     if args.what == "table":

@@ -17,7 +17,10 @@ from hpcmlp.plan.workload import EVALUATION_ROWS, Workload
 from hpcmlp.sync.buckets import part_bounds
 from hpcmlp.sync.memory import buffer_elements
 
-PROCESS_BYTES = 60e6    # of a rank without arrays, where no machine file says it: interpreter, libraries, MPI
+# Where no machine file says it: bytes of a rank without arrays (interpreter, libraries, MPI), of code that the ranks of
+# a node share, and of the BLAS's buffer for each row of the tallest product, up to BLAS_MOST_ROWS.
+PROCESS_BYTES = (35e6, 25e6, 1.5e3)
+BLAS_MOST_ROWS = 16384
 # float32 that an operation reads and writes for each element of its main array; others 2.
 MOVED = {"adam": 7, "momentum": 5, "rmsprop": 5, "finite": 1, "sum_squares": 1, "column_sum": 1, "checksum": 1,
          "add": 3, "ema": 3, "dropout": 2, "relu_backward": 3, "gelu_backward": 3}
@@ -63,18 +66,21 @@ def moved_bytes(recording: Recording) -> int:
     return total
 
 
-def memory(w: Workload, recording: Recording, process_bytes: float | None = None) -> Memory:
+def memory(w: Workload, recording: Recording, process: tuple[float, float, float] | None = None) -> Memory:
     """Return the memory of `w`, whose step was recorded. Local.
 
-    process_bytes : what a rank holds before it makes its arrays (a machine file's), None: PROCESS_BYTES.
+    process : what ranks hold before they make their arrays (`Machine.process`), None: PROCESS_BYTES.
     """
+    own, common_code, panel = PROCESS_BYTES if process is None else process
+    tallest = max((max(e.product[0], e.product[2]) for e in recording.events if isinstance(e, Op) and e.product),
+                  default=0)
     flat = recording.held["parameters"]
     local = min(w.ranks, w.ranks_per_node)
     owned = flat if w.whole else -(-flat // w.ranks)
     shared = w.sync == "shared" and not w.full_update
     rank = {"parameters": flat, "gradients": flat, "optimizer": recording.held.get("optimizer", 0),
             "activations": _activations(w, recording), "data": data_bytes(w), "messages": _messages(w, recording),
-            "process": int(PROCESS_BYTES if process_bytes is None else process_bytes)}
+            "process": int(own + panel * min(BLAS_MOST_ROWS, tallest))}
     if w.rows[1]:
         rank["best state"] = owned
     if w.is_local:
@@ -86,7 +92,7 @@ def memory(w: Workload, recording: Recording, process_bytes: float | None = None
         buffers = 4 * sum(buffer_elements(w.spec))
         rank |= {"parameters": owned, "gradients": owned, "gathered layers": buffers, "gradients of layers": buffers}
         common = buffers if shared else 0
-    node = local * (sum(rank.values()) - common) + common
+    node = local * (sum(rank.values()) - common) + common + common_code
     evaluation = flat + 4 * min(EVALUATION_ROWS, max(w.rows[1:])) * sum(w.spec.sizes[1:]) if any(w.rows[1:]) else 0
     copy = flat * (1 + state_vectors(w) + w.ema + bool(w.rows[1]) + w.is_local * w.outer)
     if w.sharded:       # saved array by array, evaluated through the same network

@@ -16,14 +16,14 @@ def needed_bytes(found: Memory, already: tuple[str, ...] = (), ranks: int = 1) -
     return max(0, found.node - held) + found.moment
 
 
-def shortage(w: Workload, available: int, where: str, process_bytes: float | None = None,
+def shortage(w: Workload, available: int, where: str, process: tuple[float, float, float] | None = None,
              already: tuple[str, ...] = ()) -> str:
     """Return the sentence that says what is missing of the `available` bytes on a node, and a cure; "" when it fits.
 
     Local. where : names the node in the sentence. already : parts that `available` no longer holds.
     """
     def need(workload: Workload) -> tuple[int, Memory]:
-        found = memory(workload, record(workload), process_bytes)
+        found = memory(workload, record(workload), process)
         return needed_bytes(found, already, min(workload.ranks, workload.ranks_per_node)), found
 
     usable = int(available * (1 - MARGIN))

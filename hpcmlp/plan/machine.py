@@ -48,7 +48,8 @@ class Machine:
     step_s : what a step costs beside what is in the tables, per busy count.
     input_s, row_s : of fetching a batch, and of each of its rows.
     start_s : until the first step. read_s_per_byte, write_s_per_byte : of the file system.
-    process_bytes : what a rank holds before it makes its arrays.
+    process_bytes, shared_bytes : what a rank holds before it makes its arrays: alone, and in common with the node's
+        others (code of libraries). panel_bytes : of the BLAS's own buffer, for each row of the tallest product.
     watts : power per core (or GPU) in use, None where nobody said.
     """
 
@@ -69,6 +70,8 @@ class Machine:
     read_s_per_byte: float = 0.0
     write_s_per_byte: float = 0.0
     process_bytes: float = 0.0
+    shared_bytes: float = 0.0
+    panel_bytes: float = 0.0
     watts: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)     # versions and what else a reader may want; not used
 
@@ -98,6 +101,11 @@ class Machine:
     def between_s(self, level: str, table: str, num_bytes: float) -> float:
         """Return the seconds of one hop, or one call, of `num_bytes` bytes on the level "node" or "net". Local."""
         return look_up((self.node if level == "node" else self.net)[table], num_bytes)
+
+    @property
+    def process(self) -> tuple[float, float, float] | None:
+        """What ranks hold before they make their arrays, as `demand.memory` takes it; None where it is not known."""
+        return (self.process_bytes, self.shared_bytes, self.panel_bytes) if self.process_bytes else None
 
     @property
     def links(self) -> tuple[float, float] | None:

@@ -19,7 +19,7 @@ def outlook(w: Workload, machine: Machine | None, data_on_disk: int = 0, watts: 
     Local. Raises ConfigError when the machine file lacks what the ranks' places need.
     """
     recording = record(w, links=machine.links if machine else None)
-    found = demand.memory(w, recording, machine.process_bytes or None if machine else None)
+    found = demand.memory(w, recording, machine.process if machine else None)
     values = {"network": list(w.spec.sizes), "ranks": w.ranks, "ranks_per_node": min(w.ranks, w.ranks_per_node),
               "nodes": w.nodes, "sync": w.sync, "wire": w.wire, "global_batch_size": w.global_batch_size,
               "local_batch_size": w.local_rows, "steps": w.steps, "steps_per_epoch": w.steps_per_epoch,
@@ -65,7 +65,7 @@ def _inference(w: Workload, machine: Machine | None) -> dict[str, Any]:
     """What using the model needs: on one rank, rows as `predict` takes them."""
     _, params = demand.count_params(w)
     rows = INFERENCE_ROWS
-    process = machine.process_bytes if machine and machine.process_bytes else demand.PROCESS_BYTES
+    process = sum((machine and machine.process or demand.PROCESS_BYTES)[:2])
     values: dict[str, Any] = {"flops_per_sample": demand.forward_flops(w), "model_bytes": 4 * params,
                               "memory_bytes": int(4 * params + 4 * rows * sum(w.spec.sizes) + process)}
     if machine is not None:

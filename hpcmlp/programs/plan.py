@@ -34,7 +34,7 @@ def main(config: PlanConfig, comm: Any) -> int:
     workload = _workload(config, manifest, machine, per_node)
     found = outlook(workload, machine, on_disk, config.watts)
     scaling = curves(workload, machine, per_node, config.up_to, config.efficiency) if machine else None
-    missing = fit.shortage(workload, machine.memory_bytes, "a node", machine.process_bytes or None) \
+    missing = fit.shortage(workload, machine.memory_bytes, "a node", machine.process) \
         if machine and machine.memory_bytes else ""
     found["fits"] = None if machine is None else not missing
     if config.json:

@@ -32,13 +32,14 @@ from hpcmlp.plan.events import step_time
 from hpcmlp.plan.machine import Machine
 from hpcmlp.plan.workload import Workload
 from hpcmlp.run.io_rates import forget
-from hpcmlp.run.memory import pss_bytes
+from hpcmlp.run.memory import private_bytes, resident_bytes
 from hpcmlp.sync import make_strategy, plan
 from hpcmlp.sync.step import Step
 from hpcmlp.traffic import small_limit
 
 ROWS = (16, 64, 256, 1024, 4096)
 WIDTHS = (10, 64, 256, 1024, 4096)
+BLAS_ROWS = (512, 4096)
 MOST_ELEMENTS = 4096 * 4096     # of one matrix
 MOST_FLOPS = 2.2e9      # of one product: larger ones are cut, longest side first, and taken to have the same rate
 ELEMENTS = (2**8, 2**11, 2**14, 2**17, 2**19, 2**21, 2**23)
@@ -62,7 +63,7 @@ class Calibration:
         self.rounds = rounds
         self.topology, self.comm, self.threads, self.directory = topology, topology.comm, threads, directory
         self.ops = open_ops("cpu", topology.local_rank)
-        self.process_bytes = self._mean(float(bare_process_bytes(self.ops)))
+        self.held = tuple(self._mean(value) for value in process_bytes(self.ops))
 
     def run(self, name: str, source: str, watts: float | None, facts: dict[str, Any]) -> Machine:
         """Return the machine. Collective."""
@@ -79,7 +80,8 @@ class Calibration:
                 into[str(count)] = _medians(values)
         read, write = self._files()
         machine = replace(machine, products=products, ops=ops, node=self._node(), net=self._net(),
-                          read_s_per_byte=read, write_s_per_byte=write, process_bytes=self.process_bytes)
+                          read_s_per_byte=read, write_s_per_byte=write, process_bytes=self.held[0],
+                          shared_bytes=self.held[1], panel_bytes=self.held[2])
         input_s, row_s = self._input()
         machine = replace(machine, input_s=input_s, row_s=row_s)
         step_s = {"1": self._left_over(machine, together=False)}
@@ -412,14 +414,20 @@ def timed(action: Callable[[], Any], enough_s: float = ENOUGH_S) -> float:
     return sorted(taken)[len(taken) // 2]
 
 
-def bare_process_bytes(ops: Any) -> int:
-    """Return what a rank holds that has loaded all that training loads, and has no arrays of its own yet. Local."""
+def process_bytes(ops: Any) -> tuple[float, float, float]:
+    """Return what a rank holds that has loaded all that training loads: alone, with shared code in full, per BLAS row.
+
+    Local. The BLAS keeps buffers of its own, as tall as the tallest result that it has made.
+    """
     from hpcmlp.run import checkpoint  # noqa: F401  brings HDF5, which training has used by then
-    for _ in range(2):      # the BLAS keeps buffers of its own
-        x = np.ones((512, 512), np.float32)
-        ops.linear(x, x, None, np.empty_like(x))
-    del x
-    return pss_bytes()
+    held = []
+    for rows in BLAS_ROWS:
+        x, w = np.ones((rows, 512), np.float32), np.ones((512, 512), np.float32)
+        ops.linear(x, w, None, np.empty_like(x))
+        del x, w
+        held.append(private_bytes())
+    panel = max(0.0, (held[1] - held[0]) / (BLAS_ROWS[1] - BLAS_ROWS[0]))
+    return held[0] - panel * BLAS_ROWS[0], resident_bytes() - held[1], panel
 
 
 def node_cores() -> int:

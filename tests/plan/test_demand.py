@@ -19,20 +19,20 @@ def test_parameters_of_the_articles_example(workload):
 def test_memory_by_hand(workload):
     """One hidden layer whose tensors need no padding: 32 x 16 + 16 and 16 x 16 + 16 parameters of 4 bytes."""
     w = workload((32, 16, 16), ranks=2, batch=20, sync="shared", rows=(100, 0, 0), row_bytes=32 * 4 + 4)
-    found = demand.memory(w, record(w), process_bytes=1000)
+    found = demand.memory(w, record(w), process=(1000, 300, 0))
     flat = 4 * (32 * 16 + 16 + 16 * 16 + 16)
     # 10 samples a rank: inputs, activations and logits, gradient of the logits, and one buffer of gradients behind.
     activations = 4 * 10 * (32 + 16 + 16 + 16 + 16)
     assert found.rank == {"parameters": flat, "gradients": flat, "optimizer": flat, "activations": activations,
                           "data": 50 * 132, "process": 1000}
     assert found.copy == 3 * flat       # parameters and two moments, for saving
-    assert found.node == flat + 2 * (2 * flat + activations + 50 * 132 + 1000) + found.copy
+    assert found.node == flat + 2 * (2 * flat + activations + 50 * 132 + 1000) + found.copy + 300
 
 
 def test_ring_and_full_update_hold_more_than_shared_memory(workload):
     def node(**options):
         w = workload((256, 512, 10), ranks=4, batch=64, **options)
-        return demand.memory(w, record(w), 0).node
+        return demand.memory(w, record(w), (0, 0, 0)).node
 
     flat = 4 * workload((256, 512, 10)).spec.layout().size
     assert node(sync="ring") - node(sync="shared") >= 3 * flat
