@@ -37,7 +37,8 @@ def test_a_late_rank_is_named_and_the_job_ends_with_75(flowers, hpcmlp, tmp_path
     if rank:
         return
     done = hpcmlp("train", "--data", flowers, "--out", run, *OPTIONS, "--resume", ranks=2)
-    assert done.returncode == 0 and "resumed at step 40" in done.stdout, done.stderr
+    # The save of step 40 may still have been on its way.
+    assert done.returncode == 0 and re.search("resumed at step (30|40) of", done.stdout), done.stderr
 
 
 def test_a_wait_that_ends_by_itself_costs_nothing(flowers, hpcmlp, tmp_path):
