@@ -240,18 +240,20 @@ def _load_mpi() -> Any:
 
 
 def _initialise(MPI: Any, level: int) -> None:
-    """Initialise MPI, under srun's PMI with memory that is handed out as zeros.
+    """Initialise MPI; under srun's PMI with as little as possible left in freed memory.
 
-    MPICH (5.0.2) passes a buffer that it has not filled to SLURM. Zeros in it travel as a few letters; what happened
-    to be in freed memory may make a line longer than the 1,024 bytes that SLURM (22.05) seems to read: all ranks then
-    wait for ever, with "invalid client request" in SLURM's log.
+    MPICH (5.0.2) hands SLURM a buffer and what lies behind it in memory, run-length coded. Zeros travel as a few
+    letters; what freed memory held makes lines long, and once one was too long for SLURM (22.05): "mpi/pmi2: invalid
+    client request" in its log, and all ranks wait for ever. So this makes it rarer, no more.
     """
     mallopt = None
     if "PMI_FD" in os.environ and "SLURM_STEP_ID" in os.environ and "MPI_LOCALNRANKS" not in os.environ:
         import ctypes
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        libc = ctypes.CDLL(None)
+        mallopt = getattr(libc, "mallopt", None) if hasattr(libc, "malloc_trim") else None     # glibc has both
     if mallopt is not None:
-        mallopt(M_PERTURB, 255)     # glibc: every piece is filled with the complement of this byte
+        libc.malloc_trim(0)             # free pages go back and come anew as zeros
+        mallopt(M_PERTURB, 255)         # and every new piece is filled with the complement of this byte
     MPI.Init_thread(level)
     if mallopt is not None:
         mallopt(M_PERTURB, 0)
