@@ -17,7 +17,6 @@ from hpcmlp.nn.schedules import DEFAULTS as SCHEDULES
 from hpcmlp.nn.schedules import Schedule
 from hpcmlp.ops import open_ops
 from hpcmlp.plan.workload import EVALUATION_ROWS, Workload, from_options, num_steps
-from hpcmlp.run.on_device import plan_on_device, why_not
 from hpcmlp.run.options import chosen, make_loss
 from hpcmlp.run.session import Session
 from hpcmlp.sync import Plan, make_strategy, plan
@@ -74,8 +73,11 @@ class Parts:
             make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self.hyper)   # checks
             self._require_memory()
         self.on_device: Any = None
-        why = why_not(config, self.spec)
-        if config.device == "gpu" and not why:
+        why = "--device cpu"
+        if config.device == "gpu":
+            from hpcmlp.run.on_device import plan_on_device, why_not  # brings the launches along
+            why = why_not(config, self.spec)
+        if not why:
             self.on_device = plan_on_device(self)
         else:
             if config.sync == "nccl":
