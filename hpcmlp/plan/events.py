@@ -69,6 +69,9 @@ def _check_levels(w: Workload, machine: Machine) -> None:
     if min(w.ranks, w.ranks_per_node) > 1 and not machine.node:
         raise ConfigError(f"{machine.name} was measured with one rank on a node and says nothing of several; calibrate "
                           "with as many ranks as a node is to have.")
+    if w.sync == "shared" and min(w.ranks, w.ranks_per_node) > 1 and "shared_reduce" not in machine.node:
+        raise ConfigError(f"{machine.name} had no room in /dev/shm when it was measured and says nothing of --sync "
+                          "shared; give --sync ring, or calibrate again with more.")
 
 
 class _Player:

@@ -205,26 +205,28 @@ class Calibration:
         if t.local_size == 1:
             return {}
         found = self._ring_tables(t.node, one_node=True)
+        node = Topology(t.node)     # by itself: what goes between nodes is measured apart
         try:
-            shared = make_collective("shared", t)
+            shared = make_collective("shared", node)
         except SharedUnavailable:
+            node.free()
             return found
-        for half in ("reduce", "gather"):
-            found[f"shared_{half}"] = []
+        tables: dict[str, Any] = {"shared_reduce": [], "shared_gather": []}
         words = np.zeros(9)
         for num_bytes in BYTES:
             elements = num_bytes // 4
-            array, common = shared.empty(elements, np.float32), shared.common(elements, np.float32)
-            bounds = np.arange(t.size + 1) * elements // t.size
-            if t.num_nodes > 1:     # the share between nodes is measured by itself
-                bounds = np.repeat(np.arange(t.local_size + 1) * elements // t.local_size, t.num_nodes)[
-                    t.num_nodes - 1:]
-            found["shared_reduce"].append([num_bytes, self._together(
-                lambda a=array, b=bounds: shared.reduce_scatter(a, b, words), lambda a=array: a.fill(1.0))])
-            found["shared_gather"].append([num_bytes, self._together(
-                lambda a=common, b=bounds: shared.all_gather(a, b), lambda: None)])
+            try:
+                array, common = shared.empty(elements, np.float32), shared.common(elements, np.float32)
+            except SharedUnavailable:   # all ranks stop at the same size
+                break
+            bounds = np.arange(node.size + 1) * elements // node.size
+            tables["shared_reduce"].append([num_bytes, self._together(
+                lambda a=array, b=bounds: shared.reduce_scatter(a, b, words), lambda a=array: a.fill(1.0), t.node)])
+            tables["shared_gather"].append([num_bytes, self._together(
+                lambda a=common, b=bounds: shared.all_gather(a, b), lambda: None, t.node)])
         shared.free()
-        return found
+        node.free()
+        return found | (tables if tables["shared_gather"] else {})
 
     def _net(self) -> dict[str, Any]:
         """Tables of what one rank of every node does with the others'; then what latency, bytes and computing cost."""

@@ -85,5 +85,8 @@ def test_what_the_machine_file_does_not_know_is_an_error(workload, machine):
     from dataclasses import replace
     with pytest.raises(ConfigError, match="links between nodes"):
         step_time(workload(ranks=8, per_node=4), replace(machine, net={}))
+    ring_alone = {name: table for name, table in machine.node.items() if not name.startswith("shared")}
+    with pytest.raises(ConfigError, match="/dev/shm"):
+        step_time(workload(ranks=2, sync="shared"), replace(machine, node=ring_alone))
     with pytest.raises(ConfigError, match="one rank on a node"):
         step_time(workload(ranks=2), replace(machine, node={}))
