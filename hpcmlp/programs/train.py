@@ -169,7 +169,8 @@ class Training:
                 raise ConfigError(f"--resume with other data: {self.config.data} is not the data set that the run "
                                   f"started with ({meta['data']}); give that one, or another --out.")
             from hpcmlp.run.directory import check_same_run
-            check_same_run(meta["config"], options(self.config), FREE_ON_RESUME)
+            defaults = {f.name: f.default for f in fields(TrainConfig)}
+            check_same_run(meta["config"], options(self.config), FREE_ON_RESUME, defaults)
             if p.on_device is not None:
                 p.on_device.steps.algorithms = meta.get("algorithms", {})
 

@@ -220,9 +220,13 @@ def _ends_epoch(line: bytes, step: int) -> bool:
     return record.get("step") == step and record.get("kind") in ("epoch", "ranks")
 
 
-def check_same_run(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> None:
-    """Raise ConfigError listing (key, old, new) where two resolved configurations differ outside `free`. Local."""
-    odd = [f"{key} was {old.get(key)!r} and is {value!r}" for key, value in new.items()
-           if key not in free and old.get(key) != value]
+def check_same_run(old: dict[str, Any], new: dict[str, Any], free: set[str], defaults: dict[str, Any]) -> None:
+    """Raise ConfigError listing (key, old, new) where two resolved configurations differ outside `free`.
+
+    Local. An option that `old` does not name did not exist when it was written: the run had its default.
+    """
+    had = {key: old.get(key, defaults.get(key)) for key in new}
+    odd = [f"{key} was {had[key]!r} and is {value!r}" for key, value in new.items()
+           if key not in free and had[key] != value]
     if odd:
         raise ConfigError(f"--resume with other options: {'; '.join(odd)}; give the old values, or another --out.")

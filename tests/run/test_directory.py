@@ -95,9 +95,15 @@ def test_resuming_drops_lines_past_the_step_and_the_torn_last_line(tmp_path):
 
 
 def test_differences_between_runs_are_listed():
-    check_same_run({"a": 1, "b": 2}, {"a": 1, "b": 3}, {"b"})
+    check_same_run({"a": 1, "b": 2}, {"a": 1, "b": 3}, {"b"}, {})
     with pytest.raises(ConfigError, match="b was 2 and is 3"):
-        check_same_run({"a": 1, "b": 2}, {"a": 1, "b": 3}, set())
+        check_same_run({"a": 1, "b": 2}, {"a": 1, "b": 3}, set(), {"b": 3})
+
+
+def test_an_option_younger_than_the_checkpoint_had_its_default():
+    check_same_run({"a": 1}, {"a": 1, "young": "float32"}, set(), {"young": "float32"})
+    with pytest.raises(ConfigError, match="young was 'float32' and is 'bf16'"):
+        check_same_run({"a": 1}, {"a": 1, "young": "bf16"}, set(), {"young": "float32"})
 
 
 def test_a_directory_made_for_nothing_goes_again(tmp_path):
