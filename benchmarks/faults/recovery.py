@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RANKS, STEPS, LIMIT_S = 4, 3000, 1.0
+RANKS, STEPS = 4, 1500
+LIMIT_S, CALM_LIMIT_S = 1.0, 60.0     # of the watchdog: where ranks are stopped, and where they are killed
 GAP_S = (0.3, 0.8)          # between deaths that are to be recovered from one by one
 DURING_S = (0.001, 0.03)    # after a death, while the survivors recover
 KINDS = {"one of 4": [1], "two of 4 at once": [2], "three of 4 at once": [3],
@@ -39,18 +40,18 @@ ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": 
 class Run:
     """One elastic run in a directory of its own, and its ranks' processes."""
 
-    def __init__(self, python, data, folder, ranks=RANKS, env=None, options=()):
+    def __init__(self, python, data, folder, limit_s=CALM_LIMIT_S, ranks=RANKS):
         self.folder = folder
         self.begin = time.monotonic()
         command = [Path(python).parent / "mpiexec", "--oversubscribe", "--with-ft", "ulfm", "-n", ranks, python, "-m",
                    "hpcmlp", "train", "--elastic", "--data", data, "--out", folder, "--hidden", "32,32", "--steps",
                    STEPS, "--global-batch-size", 64, "--log-every", 20, "--checkpoint-every", 500, "--watchdog",
-                   LIMIT_S, *options]
+                   limit_s]
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI", "PRTE"))}
         self.log = open(f"{folder}.log", "w+")
         self.process = subprocess.Popen(list(map(str, command)), stdout=self.log, stderr=subprocess.STDOUT,
                                         stdin=subprocess.DEVNULL, cwd=REPOSITORY, start_new_session=True,
-                                        env={**environ, **ENVIRONMENT, **(env or {})})
+                                        env={**environ, **ENVIRONMENT})
 
     def pids(self):
         """Rank in the world -> pid, of the ranks that live."""
@@ -86,7 +87,7 @@ class Run:
             time.sleep(0.02)
         return False
 
-    def finish(self, timeout=90.0):
+    def finish(self, timeout=240.0):
         """Wait for the end; return the output. Kills what does not end."""
         try:
             self.process.wait(timeout)
@@ -118,7 +119,7 @@ def kill(run, chance, victims):
 def strike(run, chance, plan):
     """Kill by the plan of `KINDS`; return the times of all kills."""
     times, living = [], list(range(RANKS))
-    time.sleep(chance.uniform(0, 1.0))
+    time.sleep(chance.uniform(0, 0.5))
     for count in plan:
         if count == "first":
             victims = [0]
@@ -167,7 +168,7 @@ def made_data(python, folder):
     return folder / "data"
 
 
-def rows(count=None, seed=1, python=None, keep=None):
+def rows(count=None, seed=1, python=None, keep=None, kinds=""):
     """Yield the rows of the campaign's table. `count`: runs of each kind (None: 20)."""
     python = str(python or REPOSITORY / ".venv-openmpi/bin/python")
     if not Path(python).exists():
@@ -183,9 +184,10 @@ def rows(count=None, seed=1, python=None, keep=None):
         reference = losses(plain)
         if plain.summary().get("steps") != STEPS:
             raise RuntimeError(f"the undisturbed run has failed: {folder}")
-        for name, plan in KINDS.items():
+        for name, plan in ((name, plan) for name, plan in KINDS.items() if kinds in name):
             yield _kills(python, data, folder, name, plan, count or 20, chance, reference)
-        yield _stops(python, data, folder, count or 20, chance)
+        if kinds in "stops":
+            yield _stops(python, data, folder, count or 20, chance)
     finally:
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -221,9 +223,9 @@ def _stops(python, data, folder, runs, chance):
     completed, named, took = 0, [], []
     wrong = []
     for number in range(runs):
-        run = Run(python, data, folder / f"stop-{number}")
+        run = Run(python, data, folder / f"stop-{number}", LIMIT_S)
         run.wait_for_steps()
-        time.sleep(chance.uniform(0, 1.0))
+        time.sleep(chance.uniform(0, 0.5))
         pids = run.pids()
         rank = chance.choice(sorted(pids))
         at = time.monotonic()
@@ -256,9 +258,10 @@ def main():
     parser.add_argument("--count", type=int, help="runs of each kind (default 20)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--python", help="of an environment with Open MPI 5 (default .venv-openmpi/bin/python)")
+    parser.add_argument("--kinds", help="words of the deaths wanted, such as 'at once' (default: all, and stops)")
     parser.add_argument("--keep", action="store_true", help="leave the runs' directories")
     options = parser.parse_args()
-    for row in rows(options.count, options.seed, options.python, options.keep or None):
+    for row in rows(options.count, options.seed, options.python, options.keep or None, options.kinds or ""):
         print(json.dumps(row), flush=True)
 
 
