@@ -36,8 +36,9 @@ SCANCEL = """#!/bin/bash
 printf '%s\\n' "$*" >>"$STANDIN/scancel.log"
 kill -USR1 "$(cat "$STANDIN/step.pid")"
 """
-# scontrol requeue JOB: SLURM ends the batch script, however long it would stay.
+# scontrol requeue JOB: SLURM ends the batch script, however long it would stay. It knows of no time limit.
 SCONTROL = """#!/bin/bash
+[ "$1" = requeue ] || { echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; }
 printf '%s\\n' "$*" >>"$STANDIN/scontrol.log"
 { sleep 1; kill -KILL -- "-$(cat "$STANDIN/script.pid")"; } >/dev/null 2>&1 &
 """
