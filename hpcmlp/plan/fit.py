@@ -23,7 +23,9 @@ def shortage(w: Workload, available: int, where: str, process: tuple[float, floa
     Local. where : names the node in the sentence. already : parts that `available` no longer holds.
     """
     def need(workload: Workload) -> tuple[int, Memory]:
-        found = memory(workload, record(workload), process)
+        # Whole layers: the thousands of pieces of a network that will not fit matter little, and take long to record.
+        whole = replace(workload, overlap=False)
+        found = memory(whole, record(whole), process)
         return needed_bytes(found, already, min(workload.ranks, workload.ranks_per_node)), found
 
     usable = int(available * (1 - MARGIN))
