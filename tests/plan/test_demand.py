@@ -43,14 +43,14 @@ def test_ring_and_full_update_hold_more_than_shared_memory(workload):
 def test_slices_hold_what_a_sharded_run_was_measured_to_hold(workload, sync, common):
     """`state_bytes` is compared with running ranks in tests/sync/test_memory.py."""
     w = workload((784, *[512] * 6, 10), ranks=4, per_node=4, batch=64, sync=sync, sharded=True)
-    found = demand.memory(w, record(w), 0)
+    found = demand.memory(w, record(w), (0, 0, 0))
     kept = ("parameters", "gradients", "optimizer", "gathered layers", "gradients of layers")
     held = sum(found.rank[name] for name in kept)
     if sync == "shared":
         held -= found.rank["gathered layers"] * (1 - 1 / common)
     assert held == pytest.approx(state_bytes(w.spec, 2, 4, sharded=True, common=common), rel=0.01)
     assert found.copy == found.moment == 0      # saved and evaluated layer by layer
-    one = demand.memory(workload((784, *[512] * 6, 10), batch=64), record(w), 0)
+    one = demand.memory(workload((784, *[512] * 6, 10), batch=64), record(w), (0, 0, 0))
     assert one.copy > 0
 
 
