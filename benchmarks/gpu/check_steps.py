@@ -70,7 +70,7 @@ class Problem:
 
 
 def run_on(device: Any, problem: Problem, precision: str, steps: int, batch: int = 64,
-           **options: Any) -> tuple[np.ndarray, np.ndarray, PlannedNetwork]:
+           beside: tuple[int, ...] | None = None, **options: Any) -> tuple[np.ndarray, np.ndarray, PlannedNetwork]:
     """Return the parameters in the host's layout (float64), the result records and the network after `steps` steps."""
     p = problem
     network = PlannedNetwork(p.spec, p.loss, device, batch, p.rule, p.hyper, precision=precision, seed=5,
@@ -78,7 +78,8 @@ def run_on(device: Any, problem: Problem, precision: str, steps: int, batch: int
     network.set_params(network.layout.pack(p.spec.layout().unpack(p.flat)))
     shift, scale = 0.1 * np.arange(p.x.shape[1]), 1.0 + 0.01 * np.arange(p.x.shape[1])
     samples = DeviceSamples(device, Samples(p.x, p.y, p.weight), [0, 1, 2], shift, scale)
-    run, number, records = PlannedSteps(network, samples, Order(SHARDS, batch, seed=3), p.rate), 0, []
+    run = PlannedSteps(network, samples, Order(SHARDS, batch, seed=3), p.rate, beside=beside)
+    number, records = 0, []
     while number < steps:
         now = min(run.room(number), steps - number)
         if now:

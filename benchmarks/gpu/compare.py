@@ -21,6 +21,8 @@ import numpy as np
 from cases import CASES, Case
 from ours_step import OurStep, open_device
 
+from hpcmlp.sync.planned import BESIDE, BESIDE_ELEMENTS, BESIDE_TRIAL
+
 HERE = Path(__file__).resolve().parent
 ROUNDS = 5
 TURN_S = 0.12       # about how long one turn of a mode takes
@@ -52,6 +54,8 @@ class Peer:
 def time_case(device: Any, case: Case, peer: Peer | None, modes: tuple[str, ...]) -> dict[str, Any]:
     """Return the median times of a case, ms: ours, the peers', the products alone."""
     ours = {"ours": OurStep(device, case), "ours, one stream": OurStep(device, case, concurrent=False)}
+    if ours["ours"].network.layout.size >= BESIDE_ELEMENTS:
+        ours["ours, updates behind"] = OurStep(device, case, beside=())
     counts, times = {}, {}
     for name, step in ours.items():
         step.run(3)
@@ -76,7 +80,21 @@ def time_case(device: Any, case: Case, peer: Peer | None, modes: tuple[str, ...]
     return {"case": case.name, "ms": {name: median(values) for name, values in times.items()},
             "spread": {name: [min(v), max(v)] for name, v in times.items()}, "wrong": wrong, "products_ms": fused,
             "plain_products_ms": plain, "tflops": case.flops / plain / 1e9, "graph_steps": step.steps.graph_steps,
-            "notes": step.network.notes, "whole_tflops": case.flops / median(times["ours"]) / 1e9}
+            "notes": step.network.notes, "beside": step.steps.beside, "algorithms": step.steps.algorithms,
+            "ways": {str(way): seconds for way, seconds in step.steps.way_times.items()},
+            "whole_tflops": case.flops / median(times["ours"]) / 1e9}
+
+
+def same_bits(device: Any, algorithms: dict[str, str]) -> None:
+    """Check that updates beside the next step change no bit, in the largest case: 11 steps in some ways."""
+    found = {}
+    for way in ((), BESIDE[1], BESIDE[-1]):
+        step = OurStep(device, CASES["large-bf16"], beside=way)
+        step.steps.algorithms = dict(algorithms)
+        step.run(11)
+        found[way] = step.params()
+    print("  parameters as without:", {way: bool(np.array_equal(params, found[()])) for way, params in found.items()})
+    assert all(np.array_equal(params, found[()]) for params in found.values())
 
 
 def start_up(program: list[str], runs: int) -> list[float]:
@@ -99,6 +117,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"  {result['case']}: graph of {result['graph_steps']} steps; products {1e3 * result['products_ms']:.1f} us, "
           f"plain {1e3 * result['plain_products_ms']:.1f} us = {result['tflops']:.1f} TFLOP/s; whole step "
           f"{result['whole_tflops']:.1f} TFLOP/s {result['notes']}")
+    if result["ways"]:
+        ways = {way: f"{1e6 * seconds / BESIDE_TRIAL:.0f}" for way, seconds in result["ways"].items()}
+        print(f"    updates beside the next step {result['beside']}, as tried (us a step): {ways}")
     for name, value in ms.items():
         print(f"    {name:18s} {1e3 * value:10.1f} us  [{1e3 * spread[name][0]:.1f}, {1e3 * spread[name][1]:.1f}]"
               f"  {value / best:6.2f} x ours")
@@ -139,6 +160,8 @@ def main() -> int:
     if "times" not in skip:
         for name in args.cases.split(","):
             results.append(attempt(f"times of {name}", lambda name=name: time_case(device, CASES[name], peer, modes)))
+    if results and results[-1] and results[-1]["case"] == "large-bf16":
+        attempt("updates beside the next step", lambda: same_bits(device, results[-1]["algorithms"]))
     if peer is not None:
         attempt("end of the peer", peer.close)
     starts = {}

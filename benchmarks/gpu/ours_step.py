@@ -23,7 +23,7 @@ from hpcmlp.sync.planned import DeviceSamples, PlannedSteps
 class OurStep:
     """One case on one device."""
 
-    def __init__(self, device: Any, case: Case, **options: Any):
+    def __init__(self, device: Any, case: Case, beside: tuple[int, ...] | None = None, **options: Any):
         self.device, self.case, self.number = device, case, 0
         spec = NetworkSpec(case.sizes)
         self.network = PlannedNetwork(spec, Loss(case.loss), device, case.batch, "adamw", HYPER["adamw"],
@@ -33,7 +33,7 @@ class OurStep:
         x, y = samples(case)
         shards = [case.rows]
         self.steps = PlannedSteps(self.network, DeviceSamples(device, Samples(x, y, None), [0]),
-                                  Order(shards, case.batch, seed=1), lambda number: 1e-3)
+                                  Order(shards, case.batch, seed=1), lambda number: 1e-3, beside=beside)
 
     def run(self, count: int) -> None:
         """Queue `count` steps."""
@@ -45,6 +45,12 @@ class OurStep:
             self.steps.queue(self.number, now)
             self.number += now
             count -= now
+
+    def params(self) -> np.ndarray:
+        """Return the parameters, padded, on the host."""
+        host = np.empty(self.network.layout.size, np.float32)
+        self.device.download(self.network.params, host)
+        return host
 
     def time_ms(self, count: int) -> float:
         """Return milliseconds a step over `count` of them, the laying out of tables included."""

@@ -19,13 +19,13 @@ import numpy as np
 from hpcmlp.nn.layout import PaddedLayout, pad
 from hpcmlp.ops import activations, counter, losses
 from hpcmlp.ops.cublaslt import Product
-from hpcmlp.ops.launches import CONTROL, HYPER, PARTIAL, Fork, Join, Kernel, Multiply
+from hpcmlp.ops.launches import CONTROL, HYPER, PARTIAL, Await, Fork, Join, Kernel, Mark, Multiply
 
 PRECISIONS = ("float32", "tf32", "bf16")
 RULES = {"adam": 0, "adamw": 0, "sgd": 1, "rmsprop": 2, "adagrad": 3}
 STATE = {"adam": ("m", "v"), "adamw": ("m", "v"), "sgd": ("momentum",), "rmsprop": ("momentum", "v"),
          "adagrad": ("s",)}
-THREADS = 256
+THREADS, MOST_THREADS = 256, 1024
 FUSED_ELEMENTS = 1 << 17
 MASK_BITS = 128     # the library wants rows of the mask in such pieces
 
@@ -346,14 +346,41 @@ class PlannedNetwork:
         """Return the launches that update the parameters of this rank's ranges. Local."""
         launches, at = [], 0
         for start, stop in self.ranges:
-            owned, here = slice(at, at + stop - start), slice(start, stop)
+            launches.append(self._update(start, stop, at))
             at += stop - start
-            first, second = (_cut(v, owned) for v in (self.state.get("m", self.state.get("momentum")),
-                                                      self.state.get("v", self.state.get("s"))))
-            grid = max(1, min(16 * self.device.multiprocessors, -(-(stop - start) // (4 * THREADS))))
-            launches.append(Kernel("update", grid, THREADS, (
-                self.control, self._hyper, np.uint64(stop - start), self.grads[here], self.params[here], first, second,
-                _cut(self.copy, here), _cut(self.averaged, owned))))
+        return launches
+
+    def _update(self, start: int, stop: int, at: int, blocks: int = 0, side: bool = False) -> Kernel:
+        """The update of a piece of the flat vector, whose state begins at `at`; `blocks`: few and large ones."""
+        owned, here = slice(at, at + stop - start), slice(start, stop)
+        first, second = (_cut(v, owned) for v in (self.state.get("m", self.state.get("momentum")),
+                                                  self.state.get("v", self.state.get("s"))))
+        grid = max(1, min(16 * self.device.multiprocessors, -(-(stop - start) // (4 * THREADS))))
+        return Kernel("update", blocks or grid, MOST_THREADS if blocks else THREADS, (
+            self.control, self._hyper, np.uint64(stop - start), self.grads[here], self.params[here], first, second,
+            _cut(self.copy, here), _cut(self.averaged, owned)), side)
+
+    def update_beside(self, step: list[Any], whole: int, blocks: int) -> list[Any]:
+        """Return the launches of an update on the second stream beside those of the step behind it. Local.
+
+        The forward product of each layer waits for the update of its parameters; every number is what it is without
+        the second stream. Wanted: one range, all of the vector.
+
+        step : what follows, without its own update. whole : how many layers the whole device updates first, as the
+        first products need them at once; the others are left to `blocks` blocks, so that products keep the rest.
+        """
+        assert self.ranges == [(0, self.layout.size)]
+        layers = range(self.spec.num_layers)
+        starts = [self.layout.starts[self.layout.names.index(f"layers.{k}.weight")] for k in layers]
+        ends, marks = [*starts[1:], self.layout.size], [Mark() for _ in layers]
+        launches: list[Any] = [Fork()]
+        for k in layers:
+            launches += [self._update(starts[k], ends[k], starts[k], 0 if k < whole else blocks, side=True), marks[k]]
+        waits = {id(self._forward_products[k].product): Await(marks[k]) for k in layers}
+        for launch in step:
+            if isinstance(launch, Multiply) and id(launch.product) in waits:
+                launches.append(waits[id(launch.product)])
+            launches.append(launch)
         return launches
 
     def narrow_params(self) -> list[Kernel]:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from hpcmlp.errors import Unavailable
 from hpcmlp.ops.cublaslt import Product
-from hpcmlp.ops.launches import Fork, Join, Kernel, Multiply, from_bf16, to_bf16
+from hpcmlp.ops.launches import Await, Fork, Join, Kernel, Mark, Multiply, from_bf16, to_bf16
 
 SOURCE = Path(__file__).with_name("gpu_kernels.cu")
 COMMAND = ("-std=c++20", "-O2", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-U_FORTIFY_SOURCE",
@@ -48,7 +48,11 @@ def compile_kernels() -> Any:
 
 
 class EmulatedDevice:
-    """Arrays are NumPy's; what is launched has happened when `run` returns."""
+    """Arrays are NumPy's; what is launched has happened when `run` returns.
+
+    refuse : the products that it has no algorithm for. late : what is on the second stream runs only when the first one
+    waits for it, so that a wait that is missing changes the numbers; else as soon as it may.
+    """
 
     name = "emulated"
     multiprocessors = 2
@@ -56,10 +60,10 @@ class EmulatedDevice:
     has_nccl, prefers_nccl = True, False    # a stand-in, where it is asked for
     xp = np
 
-    def __init__(self, refuse: Callable[[Product], bool] = lambda product: False):
+    def __init__(self, refuse: Callable[[Product], bool] = lambda product: False, late: bool = False):
         self._library = compile_kernels()
         self._kernels: dict[str, int] = {}
-        self._refuse = refuse
+        self._refuse, self._late = refuse, late
         self.identity = f"{os.uname().nodename} {os.getpid()}"
 
     def zeros(self, count: int, dtype: Any) -> np.ndarray:
@@ -100,13 +104,29 @@ class EmulatedDevice:
     def run(self, launches: list[Any]) -> None:
         """Run the launches in order. Local."""
         with np.errstate(all="ignore"):  # a device does not complain either
-            for launch in launches:
+            for launch in self._delayed(launches) if self._late else launches:
                 if isinstance(launch, Kernel):
                     self._launch(launch)
                 elif isinstance(launch, Multiply):
                     multiply(launch.product)
-                elif not isinstance(launch, Fork | Join):
+                elif not isinstance(launch, Fork | Join | Mark | Await):
                     launch()
+
+    @staticmethod
+    def _delayed(launches: list[Any]) -> Iterator[Any]:
+        """The launches, those of the second stream as late as the waits of the first one allow."""
+        side: list[Any] = []
+        for launch in launches:
+            if getattr(launch, "side", False) or isinstance(launch, Mark):
+                side.append(launch)
+                continue
+            count = len(side) if isinstance(launch, Join) else 0
+            if isinstance(launch, Await) and launch.mark in side:
+                count = side.index(launch.mark) + 1
+            yield from side[:count]
+            del side[:count]
+            yield launch
+        assert not any(isinstance(launch, Kernel | Multiply) for launch in side), "a graph ends with all its work done"
 
     def seconds(self, action: Callable[[], None], times: int) -> float:
         """Return a time that means nothing, for devices that measure one. Local."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hpcmlp.ops.cublaslt import WORKSPACE_BYTES, Blas, Product
-from hpcmlp.ops.launches import Fork, Join, Kernel, Multiply
+from hpcmlp.ops.launches import Await, Fork, Join, Kernel, Mark, Multiply
 
 TUNING_RUNS = 12
 
@@ -79,21 +79,25 @@ class GpuDevice:
 
     def run(self, launches: list[Any]) -> None:
         """Queue the launches. Local."""
-        used = 0
+        used, marks = 0, {}
         for launch in launches:
             if isinstance(launch, Kernel):
                 self._launch(launch)
             elif isinstance(launch, Multiply):
                 stream = self._side if launch.side else self.stream
                 launch.planned(stream.ptr, int(launch.side))
-            elif isinstance(launch, Fork | Join):
+            elif isinstance(launch, Await):
+                self.stream.wait_event(marks[launch.mark])
+            elif isinstance(launch, Fork | Join | Mark):
                 if used == len(self._events):
                     self._events.append(self.xp.cuda.Event(disable_timing=True))
                 event = self._events[used]
                 used += 1
-                here, there = (self.stream, self._side) if isinstance(launch, Fork) else (self._side, self.stream)
-                event.record(here)
-                there.wait_event(event)
+                event.record(self.stream if isinstance(launch, Fork) else self._side)
+                if isinstance(launch, Mark):
+                    marks[launch] = event
+                else:
+                    (self._side if isinstance(launch, Fork) else self.stream).wait_event(event)
             else:
                 launch()
 

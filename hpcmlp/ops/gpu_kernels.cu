@@ -548,8 +548,9 @@ __device__ inline float updated(const Hyper &h, const Control &c, float p, float
     }
 }
 
-// Four elements a thread and turn. m, v, q (bf16 copy for the matrix products) and e (average) may be null.
-extern "C" __global__ void update(const Control *control, const Hyper *hyper, u64 count, const float *g, float *p, float *m,
+// Four elements a thread and turn. m, v, q (bf16 copy for the matrix products) and e (average) may be null. Blocks may
+// have 1024 threads: a few of them that leave the rest of the device to products move as much as many small ones.
+extern "C" __global__ void __launch_bounds__(1024) update(const Control *control, const Hyper *hyper, u64 count, const float *g, float *p, float *m,
                                   float *v, bf16 *q, float *e) {
     const Control c = *control;
     const Hyper h = *hyper;

@@ -57,6 +57,18 @@ class Join:
     """From here on the main stream may use what the side stream has done so far."""
 
 
+@dataclass(eq=False)
+class Mark:
+    """What the side stream has done so far, for `Await`."""
+
+
+@dataclass(eq=False)
+class Await:
+    """From here on the main stream may use what the side stream had done at `mark`, earlier in the list."""
+
+    mark: Mark
+
+
 def on_one_stream(launches: list[Any]) -> list[Any]:
     """Return the launches without a second stream, in the same order. Local."""
     return [replace(launch, side=False) if isinstance(launch, Kernel | Multiply) else launch

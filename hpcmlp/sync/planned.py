@@ -3,7 +3,8 @@
 The host writes per step the learning rate, the corrections of the optimizer and where the rank's part of the batch
 lies in each shard; the device finds the rows, trains, decides about the update and notes loss and norm, so that steps
 need no word with the host. The first step is queued launch by launch; then the algorithms of the products are chosen by
-timing, and the launches are captured: one graph of a step, and one of several steps where a step is short.
+timing, and the launches are captured: one graph of a step, and one of several steps where a step is short, or where it
+is faster to let updates run beside the step behind them.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,9 @@ BLOCK_BYTES = 64 << 20      # of the table of parts
 TABLE_ROWS = 256            # of a shard that is ordered by a table, at most
 GATHER_PIECE = 128          # columns of a row that one warp copies: PIECE of gpu_kernels.cu
 GRAPH_STEPS, GRAPH_S = 16, 600e-6   # most steps of one graph, and about how long it takes
+BESIDE_ELEMENTS = 1 << 22           # fewest parameters whose update is tried beside the next step
+BESIDE_STEPS, BESIDE_TRIAL = (8, 4, 2), 4           # steps of such graphs, and of the one that is timed
+BESIDE = ((1, 16), (2, 16), (2, 32))                # ways to share the device: `PlannedNetwork.update_beside`
 
 
 class DeviceSamples:
@@ -103,17 +107,19 @@ class PlannedSteps:
     learning_rate : of the step number, from 0.
     alone : whether a step needs nothing from other ranks, or from their hosts.
     exchange : `comm.nccl.Nccl`, or None: then whole steps of several ranks are captured, collectives included.
+    beside : the way, one of `BESIDE`, in which updates run beside the next step; (): in none; None: the fastest.
 
     Attributes
     ----------
     graph_steps : steps of the larger graph, 1 before it is captured.
     launches : those of one step.
+    way_times : way of `BESIDE`, or () -> seconds of `BESIDE_TRIAL` steps, where that was timed.
     algorithms : product -> what was chosen for it; may be set before the first step, to go on with the same.
     """
 
     def __init__(self, network: Any, samples: DeviceSamples, order: Any, learning_rate: Callable[[int], float],
-                 rank: int = 0, size: int = 1, alone: bool = True,
-                 exchange: Any = None):
+                 rank: int = 0, size: int = 1, alone: bool = True, exchange: Any = None,
+                 beside: tuple[int, ...] | None = None):
         self.network, self.device, self.samples, self.order = network, network.device, samples, order
         self.learning_rate, self._rank_of = learning_rate, (rank, size)
         zeros, shards = self.device.zeros, max(1, len(samples.shards))
@@ -130,7 +136,7 @@ class PlannedSteps:
         self._host_control = np.zeros(1, CONTROL)
         self._epoch, self._t0, self._t1 = -1, 0, 0      # the block of steps laid out
         self._queued = self._read = 0                   # steps of it that were queued, and read back
-        self._exchange = exchange
+        self._exchange, self.beside = exchange, beside
         places = samples.places if self.fed else [samples]
         self._lists = [self._list(alone, self._gather(place)) for place in places]
         self.launches = self._lists[0]
@@ -138,6 +144,7 @@ class PlannedSteps:
         self._warm, self._alone = False, alone
         self.algorithms: dict[str, str] = {}
         self.graph_steps = 1
+        self.way_times: dict[Any, float] = {}
 
     def _list(self, alone: bool, gather: Kernel) -> list[Any]:
         """The launches of a step, or of its gradient where other ranks' hosts take part."""
@@ -294,6 +301,45 @@ class PlannedSteps:
             self.graph_steps = self._exchange.least(self.graph_steps)
         if self.graph_steps > 1:
             self._replays.insert(0, (self.graph_steps, self.device.capture(self.launches, self.graph_steps)))
+        if self._exchange is None:
+            self._overlap()
+
+    def _overlap(self) -> None:
+        """Capture graphs of several steps whose updates run beside the step behind them, where that is faster."""
+        tried = self.network.layout.size >= BESIDE_ELEMENTS and self._t1 - self._t0 >= BESIDE_TRIAL
+        if self.beside is None:
+            self.beside = self._fastest_way() if tried else ()
+        if not self.beside:
+            return
+        self._replays = [*((steps, self.device.capture(self._beside(steps, *self.beside))) for steps in BESIDE_STEPS),
+                         self._replays[-1]]
+        self.graph_steps = BESIDE_STEPS[0]
+
+    def _beside(self, steps: int, whole: int, blocks: int) -> list[Any]:
+        """The launches of several steps; the last update has no step beside it."""
+        update = len(self.network.update())
+        step = self.launches[:-update]
+        return [*step, *self.network.update_beside(step, whole, blocks) * (steps - 1), *self.launches[-update:]]
+
+    def _fastest_way(self) -> tuple[int, ...]:
+        """Time whole steps with the updates behind and beside them; all that they change is put back."""
+        network, device = self.network, self.device
+        changed = [v for v in (network.params, network.copy, network.averaged, *network.state.values(), network.control,
+                               self._results) if v is not None]
+        saved = [np.empty(v.size, v.dtype) for v in changed]
+        for array, host in zip(changed, saved, strict=True):
+            device.download(array, host)
+        replays: dict[Any, Any] = {(): device.capture(self.launches, BESIDE_TRIAL)} \
+            | {way: device.capture(self._beside(BESIDE_TRIAL, *way)) for way in BESIDE}
+        times: dict[Any, list[float]] = {way: [] for way in replays}
+        for _ in range(3):      # in turn, as a device under load changes its clock
+            for way, replay in replays.items():
+                device.upload(np.zeros(1, CONTROL).view(np.uint8), network.control)
+                times[way].append(device.seconds(replay, 1))
+        for array, host in zip(changed, saved, strict=True):
+            device.upload(host, array)
+        self.way_times = {way: sorted(values)[1] for way, values in times.items()}
+        return min(self.way_times, key=self.way_times.get)  # the first of equal ones
 
     def _choose_streams(self) -> None:
         """Leave the second stream out where a gradient takes longer with it. Its bits are the same either way."""

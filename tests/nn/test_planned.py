@@ -80,6 +80,52 @@ def test_the_order_of_steps_in_calls_changes_no_bit(device):
     assert np.array_equal(first, again) and np.array_equal(first, one_stream)
 
 
+class Timed(EmulatedDevice):
+    """Takes the time that is asked for, and says that what came last was fastest."""
+
+    def seconds(self, action, times):
+        action()
+        self.last = getattr(self, "last", 1.0) / 2
+        return self.last
+
+
+@pytest.mark.parametrize("precision", ("float32", "bf16"))
+@pytest.mark.parametrize("line", (0, 1, 3, 5), ids=lambda k: f"{check.TABLE[k][0]}-{check.TABLE[k][2]}")
+@pytest.mark.parametrize("concurrent", (True, False))
+def test_updates_beside_the_next_step_change_no_bit(device, line, precision, concurrent):
+    problem = check.Problem(check.TABLE[line])
+    problem.options |= {"clip_norm": 0.5, "average": 0.9}
+    problem.x[500, 3] = np.inf     # one step of an epoch is skipped
+    wanted, records, plain = check.run_on(device, problem, precision, 25, beside=(), concurrent=concurrent)
+    assert records["skipped"].any() and not records["skipped"].all()
+    for late in (False, True):
+        got, same, network = check.run_on(EmulatedDevice(late=late), problem, precision, 25, beside=(1, 3),
+                                          concurrent=concurrent)
+        assert np.array_equal(got, wanted) and same.tobytes() == records.tobytes()
+        assert np.array_equal(network.averaged, plain.averaged)
+        assert all(np.array_equal(network.state[name], plain.state[name]) for name in plain.state)
+
+
+def test_a_wait_that_is_missing_shows_on_a_late_device(monkeypatch):
+    problem = check.Problem(check.TABLE[0])
+    device = EmulatedDevice(late=True)
+    wanted, _, _ = check.run_on(device, problem, "float32", 12, beside=(1, 3))
+    monkeypatch.setattr("hpcmlp.nn.planned.Await", lambda mark: lambda: None)
+    with pytest.raises(AssertionError):
+        got, _, _ = check.run_on(device, problem, "float32", 12, beside=(1, 3), concurrent=False)
+        assert np.array_equal(got, wanted)
+
+
+def test_trying_ways_to_share_the_device_leaves_no_trace(device, monkeypatch):
+    monkeypatch.setattr("hpcmlp.sync.planned.BESIDE_ELEMENTS", 0)
+    problem = check.Problem(check.TABLE[0])
+    problem.options["average"] = 0.9
+    wanted, records, plain = check.run_on(device, problem, "bf16", 25, beside=())
+    got, same, network = check.run_on(Timed(), problem, "bf16", 25)
+    assert np.array_equal(got, wanted) and same.tobytes() == records.tobytes()
+    assert np.array_equal(network.averaged, plain.averaged)
+
+
 def test_a_step_with_a_number_that_is_not_finite_changes_nothing(device):
     problem = check.Problem(check.TABLE[2])
     problem.x[5, 3] = np.inf
