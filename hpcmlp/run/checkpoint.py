@@ -397,9 +397,10 @@ def load_model(run_dir: str | os.PathLike, which: str = "best") -> Model:
     Local. `which`: "best" is the best state by validation (the averaged weights where they are kept), or the last
     state when nothing was validated; "last" is the newest state. Raises InputMissing when there is no checkpoint.
     """
-    state, _ = newest_good(run_dir)
+    # Before anything in it is read: of a name that no directory can have nothing is damaged.
+    state = newest_good(run_dir)[0] if os.path.isdir(run_dir) else None
     if state is None:
-        what = "has no checkpoint yet" if _path(run_dir).is_dir() else "is no run directory"
+        what = "has no checkpoint yet" if os.path.isdir(run_dir) else "is no run directory"
         raise InputMissing(f"{run_dir}: {what}; give the --out of a 'hpcmlp train'.")
     meta = state.meta
     params = state.group("best") if which == "best" else {}
