@@ -354,6 +354,7 @@ class Training:
         c, p, progress = self.config, self.parts, self.session.progress
         val: dict[str, Any] = {}
         self.watch.mark(VALIDATION, progress.step - 1)
+        p.strategy.finish()     # MPI is called below, and parameters under way have a thread inside it
         if p.val is not None and ((epoch + 1) % c.validate_every == 0 or progress.step == p.total_steps):
             val = self.judge.validate()
         self.account.end_epoch(epoch, val)
@@ -401,6 +402,7 @@ class Training:
     def _finish_save(self) -> None:
         """Wait for the write under way and log it; a failure ends all ranks alike. Collective."""
         self.watch.mark(SAVE, self.session.progress.step - 1)
+        self.parts.strategy.finish()    # see `_end_epoch`
         with agreed(self.parts.comm):
             if self.writer is not None:
                 self.writer.wait()

@@ -99,6 +99,8 @@ class Step:
         """
         started = perf_counter()
         self._sent_before = self._sent()
+        if self.strategy.overlaps:
+            self.strategy.spent()   # between two steps: no part of this one
         words = self.words
         words.clear()
         if stop:

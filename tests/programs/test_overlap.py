@@ -2,9 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from hpcmlp.run import checkpoint
+from hpcmlp.comm import agreement
+from hpcmlp.comm.ring import Ring
+from hpcmlp.config import TrainConfig, build
+from hpcmlp.data.manifest import Manifest, write_manifest
+from hpcmlp.data.shards import shard_name, write_shard
+from hpcmlp.programs import train
+from hpcmlp.run import account, checkpoint
+from hpcmlp.sync.overlap import Overlapped
 
 OPTIONS = ("--hidden", "16,16", "--global-batch-size", 32, "--lr", 0.01, "--dropout", 0.2, "--ema", 0.95,
            "--log-every", 10, "--replica-check-every", 10, "--accumulate", 2, "--clip-norm", 1.0, "--bucket-mb", 0.0002,
@@ -71,3 +79,41 @@ def test_bench_step_tells_what_was_hidden(hpcmlp):
         assert set(result["parts"]) == {"compute", "comm", "flight"} and result["step_ms"] > 0
     done = hpcmlp("bench", "comm", "--overlap")
     assert done.returncode == 78 and "it belongs to bench step" in done.stderr
+
+
+@pytest.mark.mpi(min_size=2)
+def test_nobody_calls_mpi_while_a_thread_drives_parameters(comm, mpi_tmp_path, monkeypatch):
+    """Epochs end and checkpoints are saved with nothing under way, also where nothing is validated, which would wait.
+
+    Two threads in an MPI library that grants one at a time end in its own faults, once in some hundred saves.
+    """
+    if comm.rank == 0:
+        random = np.random.default_rng(0)
+        entries = tuple(write_shard(mpi_tmp_path / shard_name("train", k, 2), random.integers(0, 255, (24, 7), np.uint8),
+                                    random.integers(0, 3, 24).astype(np.int32), None, {"split": "train"})
+                        for k in range(2))
+        write_manifest(mpi_tmp_path, Manifest("flowers", "classification", 7, "uint8", [f"f{i}" for i in range(7)],
+                                              {"train": entries}, ["red", "green", "blue"]))
+    comm.Barrier()
+    strategies, calls = [], []
+    share = Overlapped.share
+
+    def sharing(strategy):
+        if isinstance(strategy.collective, Ring):   # and not what `plan` records steps with
+            strategies[:] = [strategy]
+        share(strategy)
+
+    def watched(function):
+        def call(*args):
+            calls.append(any(strategy._gathers for strategy in strategies))
+            return function(*args)
+        return call
+
+    monkeypatch.setattr(Overlapped, "share", sharing)
+    monkeypatch.setattr(agreement, "agree", watched(agreement.agree))
+    monkeypatch.setattr(account, "all_gather_bytes", watched(account.all_gather_bytes))
+    config = build(TrainConfig, {"data": str(mpi_tmp_path), "out": str(mpi_tmp_path / "run"), "hidden": (16, 16),
+                                 "global_batch_size": 12, "steps": 12, "sync": "ring", "overlap": True,
+                                 "checkpoint_every": 3, "progress": False})
+    assert train.main(config, comm) == 0
+    assert strategies and len(calls) > 4 and not any(calls)
