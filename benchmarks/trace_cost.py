@@ -1,7 +1,10 @@
-"""Measure what --trace costs: runs of the smallest network with and without it, turn by turn, median step of each.
+"""Measure what --trace costs: blocks of steps of the smallest network with and without it, in turn, in one job.
 
-All steps but the first few are traced, so the median step of the run's summary is a traced one. Prints one JSON object:
-the step in ms of every run, and the ratios on / off of neighbouring runs with their median.
+Runs differ from start to start by more than a trace costs, so both kinds are steps of the same ranks: block by block
+the recorder is put in and taken out. Prints one JSON object: the median step of either kind in ms, the ratio on / off
+of the medians of neighbouring blocks (median and quartiles), and the events of a step.
+
+    python benchmarks/trace_cost.py --data data/mnist
 """
 
 import argparse
@@ -9,20 +12,49 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 
-def step_ms(args: argparse.Namespace, out: Path, traced: bool) -> float:
-    """Train once and return the median step."""
-    trace = ["--trace", "--trace-steps", str(args.steps)] if traced else []
-    command = [*args.mpiexec.split(), "-n", str(args.ranks), sys.executable, "-m", "hpcmlp", "train", "--data",
-               str(args.data), "--out", str(out), "--hidden", "256,128", "--global-batch-size", "128", "--optimizer",
-               "adam", "--steps", str(args.steps), "--no-test", "--no-progress", "--validate-every", "1000", *trace]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
-    return 1e3 * json.loads((out / "summary.json").read_text())["step_s"]
+def inside(args: argparse.Namespace) -> None:
+    """The ranks' part."""
+    from hpcmlp import launch
+    comm = launch.open_world().comm
+    from hpcmlp.comm.topology import Topology
+    from hpcmlp.config import TrainConfig, build
+    from hpcmlp.run.coordinator import open_dataset
+    from hpcmlp.run.parts import Parts
+    from hpcmlp.run.trace import Recorder
+    config = build(TrainConfig, {"data": str(args.data), "out": "unused", "hidden": (256, 128),
+                                 "global_batch_size": 128, "optimizer": "adam"})
+    parts = Parts(config, Topology(comm), open_dataset(comm, config.data))
+    step, number, medians, events = parts.step, 0, {False: [], True: []}, 0
+    for block in range(2 * args.blocks + 2):
+        traced = bool(block % 2)
+        recorder = Recorder(comm, step, parts.loader, number, number + args.steps + 1) if traced else None
+        comm.Barrier()
+        times = []
+        for _ in range(args.steps):
+            begin = time.perf_counter()
+            if recorder is not None:
+                recorder.begin_step(number)
+            batch = parts.loader.batch(*divmod(number, parts.steps_per_epoch))
+            step.run(batch, number, 1e-3)
+            times.append(time.perf_counter() - begin)
+            number += 1
+        if recorder is not None:
+            lines = recorder.lines()
+            if lines is not None:
+                events = sum(text.count('"ph": "X", "pid": 0') for text in lines) / args.steps
+        if block > 1:
+            medians[traced].append(1e3 * statistics.median(times[5:]))
+    if comm.rank == 0:
+        ratios = [on / off for on, off in zip(medians[True], medians[False], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(json.dumps({"off_ms": round(statistics.median(medians[False]), 4),
+                          "on_ms": round(statistics.median(medians[True]), 4), "ratio": round(middle, 4),
+                          "quartiles": [round(low, 4), round(high, 4)], "blocks": len(ratios),
+                          "events_per_step": round(events, 1)}))
 
 
 def main() -> None:
@@ -30,17 +62,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="data set directory made by 'hpcmlp prepare mnist'")
     parser.add_argument("--mpiexec", default=str(Path(sys.executable).with_name("mpiexec")))
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=1500, help="steps of a run")
-    parser.add_argument("--rounds", type=int, default=9, help="pairs of runs; which of a pair is first alternates")
+    parser.add_argument("--steps", type=int, default=200, help="steps of a block")
+    parser.add_argument("--blocks", type=int, default=20, help="pairs of blocks")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    off, on = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.rounds):
-            for traced in (False, True) if number % 2 else (True, False):
-                (on if traced else off).append(step_ms(args, Path(folder) / f"{number}-{traced}", traced))
-    ratios = [a / b for a, b in zip(on, off, strict=True)]
-    print(json.dumps({"off_ms": off, "on_ms": on, "ratios": ratios, "ratio": statistics.median(ratios),
-                      "ratio_of_fastest": min(on) / min(off)}))
+    if args.inside:
+        inside(args)
+        return
+    subprocess.run([*args.mpiexec.split(), "-n", str(args.ranks), sys.executable, __file__, "--inside", "--data",
+                    str(args.data), "--steps", str(args.steps), "--blocks", str(args.blocks)], check=True)
 
 
 if __name__ == "__main__":

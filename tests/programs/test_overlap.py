@@ -89,7 +89,8 @@ def test_nobody_calls_mpi_while_a_thread_drives_parameters(comm, mpi_tmp_path, m
     """
     if comm.rank == 0:
         random = np.random.default_rng(0)
-        entries = tuple(write_shard(mpi_tmp_path / shard_name("train", k, 2), random.integers(0, 255, (24, 7), np.uint8),
+        entries = tuple(write_shard(mpi_tmp_path / shard_name("train", k, 2),
+                                    random.integers(0, 255, (24, 7), np.uint8),
                                     random.integers(0, 3, 24).astype(np.int32), None, {"split": "train"})
                         for k in range(2))
         write_manifest(mpi_tmp_path, Manifest("flowers", "classification", 7, "uint8", [f"f{i}" for i in range(7)],
