@@ -36,7 +36,7 @@ def measure(sync: str, sizes: tuple[int, ...], global_batch: int) -> None:
 
     comm, size = world.comm, world.size
     rows = global_batch // size
-    ops, spec, topology = open_ops("cpu", 0), NetworkSpec(sizes), Topology(comm)
+    ops, spec, topology = open_ops("cpu"), NetworkSpec(sizes), Topology(comm)
     layout = spec.layout()
     random = np.random.default_rng(world.rank)
     source = random.standard_normal((rows, sizes[0]), dtype=np.float32)

@@ -40,7 +40,7 @@ class Steps:
     """Planned steps of Adam, sharded or not, and the batches that they take in turn."""
 
     def __init__(self, sync, spec, rows, sharded, recompute=False):
-        ops, topology, layout = open_ops("cpu", 0), Topology(COMM), spec.layout()
+        ops, topology, layout = open_ops("cpu"), Topology(COMM), spec.layout()
         size = sum(buffer_elements(spec)) if sharded else layout.size
         self.exchange = exchange = open_exchange(sync, topology, size, np.float32)
         assert exchange.name == sync, exchange.note

@@ -3,7 +3,7 @@
 # Edit: nodes and GPUs here (or on sbatch's command line), the values below, jobs/site.sh.
 # Submit: sbatch [-p PARTITION] [-A ACCOUNT] jobs/train-gpu.sh [further options of train]
 #
-# Ranks choose their GPU themselves, by their number on the node, among those they see. So both ways of giving GPUs
+# Ranks choose their GPUs together, one each, among those that each of them sees. So both ways of giving GPUs
 # work: all of a node's to all of its ranks (--gpus-per-node, as here; some sites: --gres=gpu:4), or each rank its own
 # (replace the line by --gpus-per-task=1; where the sites offer it also --gpu-bind=closest).
 #SBATCH --job-name=hpcmlp-gpu

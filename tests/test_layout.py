@@ -16,8 +16,8 @@ LAYERS = [("errors",), ("node_memory",), ("traffic",), ("launch",), ("ops",), ("
           ("plan",), ("run",), ("programs",), ("cli",), ("__main__",)]
 # Within a folder a module imports only what stands before it; the folder's own name is its __init__.
 INSIDE = {
-    "ops": "counter activations losses plain blocked _fused host device cublaslt launches emulated gpu_device "
-           "ops",
+    "ops": "counter activations losses gpu_places plain blocked _fused host device cublaslt launches emulated "
+           "gpu_device ops",
     "nn": "nn layout losses network planned initializers optimizers schedules metrics auc",
     "comm": "exact_sum messages topology agreement survive ring wire ring_wire native nccl shared choice served post "
             "comm",
@@ -28,8 +28,8 @@ INSIDE = {
             "storage tasks server",
     "plan": "plan workload record machine profiles demand events scaling outlook compare text picture job fit",
     "run": "run memory faults signals signs lateness beacon watchdog sealed state_file writer checkpoint directory "
-           "coordinator options session slices numbers on_device parts account forecast roc evaluation together "
-           "judge record elastic curves trace timeline io_rates device_rates facts speeds checkup calibrate",
+           "coordinator options session slices numbers checkup gpus on_device parts account forecast roc evaluation "
+           "together judge record elastic curves trace timeline io_rates device_rates facts speeds calibrate",
     "programs": "programs prepare train evaluate predict inspect report plan bench doctor launch",
 }
 # config stands beside the row: it imports errors only, and programs and cli alone import it.

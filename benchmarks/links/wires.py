@@ -38,7 +38,7 @@ def main() -> None:
     from hpcmlp.sync import make_strategy
     from hpcmlp.sync.buckets import cut
 
-    comm, topology, ops = world.comm, Topology(world.comm), open_ops("cpu", 0)
+    comm, topology, ops = world.comm, Topology(world.comm), open_ops("cpu")
     spec = NetworkSpec(tuple(map(int, args.sizes.split(","))))
     layout = spec.layout()
     buckets = cut(layout.size, spec.layer_starts(), layout.size, comm.size)

@@ -7,15 +7,15 @@ from hpcmlp.ops.host import HostOps
 from hpcmlp.ops.plain import PlainOps
 
 
-def open_ops(device: str, local_rank: int) -> PlainOps:
-    """Return the arithmetic for `device`: "cpu", or "gpu" (the GPU for this local rank).
+def open_ops(device: str) -> PlainOps:
+    """Return the arithmetic for `device`: "cpu", or "gpu" (the first one that this process sees).
 
-    Local. Raises Unavailable when there is no such device.
+    Local: several ranks choose their GPUs together, see `run.gpus`. Raises Unavailable when there is no such device.
     """
     if device == "cpu":
         return HostOps()
-    from hpcmlp.ops.device import open_device  # pulls in CuPy, which only a GPU run pays for
-    return open_device(local_rank)
+    from hpcmlp.ops.device import open_device, see_gpus  # pulls in CuPy, which only a GPU run pays for
+    return open_device(0, see_gpus()[0])
 
 
 def open_planned(ops: PlainOps) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +14,14 @@ class DeviceOps(PlainOps):
     """The operations on arrays of the module `xp`, which is CuPy except in tests.
 
     Operations return as soon as they are queued; those that return a number, and `to_host`, wait for the device.
+    `identity` is that of the GPU, which no other one of any node has.
     """
 
     fused = False
+
+    def __init__(self, xp: Any, identity: str = ""):
+        super().__init__(xp)
+        self.identity = identity
 
     def to_host(self, a, out):
         if hasattr(a, "get"):
@@ -29,7 +35,6 @@ class DeviceOps(PlainOps):
         else:
             out[...] = a
 
-
     def bring(self, a):
         return None if a is None else self.xp.asarray(a)
 
@@ -41,30 +46,56 @@ class DeviceOps(PlainOps):
         super().gather(source, rows, out, shift, scale)
 
 
-def open_device(local_rank: int) -> DeviceOps:
-    """Take the GPU for this local rank (ranks beyond the number of GPUs share them) and return its operations.
+def see_gpus() -> list[str]:
+    """Return the identities of the GPUs that this process may use, in the order of its own numbers: UUID and PCI bus.
 
-    Local.
+    Local; no context is made on any of them. HPCMLP_GPU=emulated gives one of its own, HPCMLP_GPU=emulated:NAME,...
+    those of these names.
 
     Raises Unavailable when CuPy is not installed, or finds no driver or no GPU.
     """
-    if os.environ.get("HPCMLP_GPU") == "emulated":
-        return DeviceOps(np)    # for tests: everything but the GPU itself
+    emulated, _, names = os.environ.get("HPCMLP_GPU", "").partition(":")
+    if emulated == "emulated":
+        return names.split(",") if names else [f"{os.uname().nodename} {os.getpid()}"]
     try:
-        cupy = importlib.import_module("cupy")
+        runtime = _cupy().cuda.runtime
     except ImportError as error:
         raise Unavailable(
             f"--device gpu needs CuPy, which cannot be imported ({error}); install the extra cuda12x or cuda13x, "
             "or run with --device cpu"
         ) from error
     try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
+        seen = identities(runtime)
+    except runtime.CUDARuntimeError as error:
         raise Unavailable(
             f"--device gpu finds no usable CUDA driver on this node ({error}); run on a node with a GPU, "
             "or with --device cpu"
         ) from error
-    if count == 0:
+    if not seen:
         raise Unavailable("--device gpu finds no GPU that this process may use; ask for one, or run with --device cpu")
-    cupy.cuda.Device(local_rank % count).use()
-    return DeviceOps(cupy)
+    return seen
+
+
+def _cupy() -> Any:
+    return importlib.import_module("cupy")
+
+
+def identities(runtime: Any) -> list[str]:
+    """Return UUID and PCI bus of every GPU that `cupy.cuda.runtime` sees. Local.
+
+    The UUID tells parts of one GPU apart, the bus GPUs whose UUIDs end early: a zero byte may end CuPy's copy.
+    """
+    seen = []
+    for number in range(runtime.getDeviceCount()):
+        uuid = runtime.getDeviceProperties(number).get("uuid", b"")
+        seen.append(f"{uuid.hex() if isinstance(uuid, bytes) else uuid} {runtime.deviceGetPCIBusId(number)}")
+    return seen
+
+
+def open_device(number: int, identity: str) -> DeviceOps:
+    """Take the GPU of this number, of this process's own ones from `see_gpus`, and return its operations. Local."""
+    if os.environ.get("HPCMLP_GPU", "").startswith("emulated"):
+        return DeviceOps(np, identity)     # for tests: everything but the GPU itself
+    cupy = _cupy()
+    cupy.cuda.Device(number).use()
+    return DeviceOps(cupy, identity)

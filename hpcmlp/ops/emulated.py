@@ -64,7 +64,6 @@ class EmulatedDevice:
         self._library = compile_kernels()
         self._kernels: dict[str, int] = {}
         self._refuse, self._late = refuse, late
-        self.identity = f"{os.uname().nodename} {os.getpid()}"
 
     def zeros(self, count: int, dtype: Any) -> np.ndarray:
         """Return an array of zeros. Local."""

@@ -22,7 +22,7 @@ class GpuDevice:
     Attributes
     ----------
     xp : CuPy.
-    identity : the device's UUID. has_nccl : whether CuPy has found NCCL.
+    has_nccl : whether CuPy has found NCCL.
     captures : False where the environment variable HPCMLP_GPU_GRAPHS is 0: launches are then queued one by one.
     """
 
@@ -33,7 +33,6 @@ class GpuDevice:
         properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
         self.name = properties["name"].decode()
         self.multiprocessors = int(properties["multiProcessorCount"])
-        self.identity = str(properties.get("uuid"))
         self.has_nccl = _has_nccl()
         self.stream = xp.cuda.Stream(non_blocking=True)
         self._side = xp.cuda.Stream(non_blocking=True)

@@ -22,6 +22,7 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
+from hpcmlp.run.gpus import open_arithmetic
 from hpcmlp.sync import Plan, make_strategy, plan
 from hpcmlp.sync.step import Step, hidden_share
 from hpcmlp.traffic import check_wire
@@ -135,8 +136,9 @@ def time_step(config: BenchConfig, topology: Topology) -> dict[str, Any]:
         roles = Roles(config.servers or 1, size)
     number, count = (rank, size) if roles is None else roles.share(rank) or (0, batch_rows + 1)
     rows = (number + 1) * batch_rows // count - number * batch_rows // count
-    with agreed(topology.comm):
-        ops = open_ops(config.device, topology.local_rank)
+    ops, note = open_arithmetic(config.device, topology.comm)
+    if note and rank == 0:
+        print(f"note: {note}", file=sys.stderr)
     if config.device == "gpu":
         from hpcmlp.run.device_rates import time_planned_step
         return time_planned_step(config, topology, ops)
@@ -338,7 +340,7 @@ def time_io(config: BenchConfig, topology: Topology) -> list[dict[str, Any]]:
     """Return the rates of every stage of the input; see `run.io_rates`. Collective."""
     from hpcmlp.run.io_rates import IoRates
     limit = None if config.memory_limit is None else config.memory_limit * 2**20
-    return IoRates(config.data, open_ops("cpu", topology.local_rank), topology, config.global_batch_size, config.steps,
+    return IoRates(config.data, open_ops("cpu"), topology, config.global_batch_size, config.steps,
                    limit).run()
 
 

@@ -1,5 +1,6 @@
 """Compute exact metrics over every sample of a split once."""
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,10 @@ from hpcmlp.config import EvaluateConfig
 from hpcmlp.data.loader import Loader
 from hpcmlp.launch import end_all
 from hpcmlp.nn.losses import Loss
-from hpcmlp.ops import open_ops
 from hpcmlp.run.coordinator import open_dataset
 from hpcmlp.run.directory import to_json
 from hpcmlp.run.evaluation import check_fits, evaluate_split, open_model, open_network
+from hpcmlp.run.gpus import open_arithmetic
 from hpcmlp.run.watchdog import Watchdog
 
 MEMORY_BYTES = 1 << 30  # of a rank's samples; more are streamed
@@ -23,20 +24,22 @@ def main(config: EvaluateConfig, comm: Any) -> int:
     """Evaluate the model of a run. Collective over `comm`; returns 0, or raises HpcmlpError. Writes no file."""
     topology = Topology(comm)
     with Watchdog(topology, config.watchdog, None, partial(end_all, comm)):
-        _evaluate(config, comm, topology)
+        _evaluate(config, comm)
     topology.free()
     return 0
 
 
-def _evaluate(config: EvaluateConfig, comm: Any, topology: Topology) -> None:
+def _evaluate(config: EvaluateConfig, comm: Any) -> None:
     model, flat = open_model(config.run, config.which, comm)
     directory = config.data or model.data
     manifest = open_dataset(comm, directory)
     with agreed(comm):
         check_fits(model, manifest, directory, config.run)
         loader = Loader(directory, manifest, config.split, comm.rank, comm.size, memory_limit=MEMORY_BYTES)
-        ops = open_ops(config.device, topology.local_rank)
         loss = Loss(**model.loss)
+    ops, note = open_arithmetic(config.device, comm)
+    if note and comm.rank == 0:
+        print(f"note: {note}", file=sys.stderr)
     max_rows = max(1, min(config.rows_per_batch, -(-loader.num_rows // comm.size)))
     network = open_network(model, flat, ops, max_rows)
     figures = evaluate_split(network, ops, loss, loader, comm, manifest, top_k=config.top_k)

@@ -22,9 +22,9 @@ from hpcmlp.data.row_file import Field, RowWriter, check_new_file, lay_out, publ
 from hpcmlp.errors import printable
 from hpcmlp.launch import end_all
 from hpcmlp.nn.losses import Loss
-from hpcmlp.ops import open_ops
 from hpcmlp.run.checkpoint import Model
 from hpcmlp.run.evaluation import Inputs, check_fits, open_model, open_network
+from hpcmlp.run.gpus import open_arithmetic
 from hpcmlp.run.watchdog import Watchdog
 
 MEMORY_BYTES = 1 << 30  # of a rank's samples of a data set directory; more are streamed
@@ -37,12 +37,12 @@ def main(config: PredictConfig, comm: Any) -> int:
     """
     topology = Topology(comm)
     with Watchdog(topology, config.watchdog, None, partial(end_all, comm)):
-        _predict(config, comm, topology)
+        _predict(config, comm)
     topology.free()
     return 0
 
 
-def _predict(config: PredictConfig, comm: Any, topology: Topology) -> None:
+def _predict(config: PredictConfig, comm: Any) -> None:
     with agreed(comm):
         if comm.rank == 0:
             check_new_file(config.out, config.force)
@@ -51,8 +51,8 @@ def _predict(config: PredictConfig, comm: Any, topology: Topology) -> None:
     model, flat = open_model(config.run, config.which, comm)
     with agreed(comm):
         rows = Rows(config, model, comm)
-        ops = open_ops(config.device, topology.local_rank)
         outputs = Outputs(model)
+    ops, note = open_arithmetic(config.device, comm)
     network = open_network(model, flat, ops, max(1, min(config.rows_per_batch, rows.own[1] - rows.own[0])))
     inputs = Inputs(network, ops, model.load_shift, model.load_scale)
     temporary, place = None, b""
@@ -76,7 +76,7 @@ def _predict(config: PredictConfig, comm: Any, topology: Topology) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     if comm.rank == 0:
-        say(config, rows.num_rows, outputs, notes)
+        say(config, rows.num_rows, outputs, notes, note)
 
 
 class Rows:
@@ -176,10 +176,12 @@ def describe(config: PredictConfig, model: Model) -> tuple[dict[str, Any], dict[
     return attributes, {"target_names": model.target_names}
 
 
-def say(config: PredictConfig, num_rows: int, outputs: Outputs, notes: list[bytes]) -> None:
+def say(config: PredictConfig, num_rows: int, outputs: Outputs, notes: list[bytes], gpu_note: str) -> None:
     """Print what was written and what the user should know about it. Local."""
     names = ", ".join(name for name, _, _ in outputs.fields(0))
     print(printable(f"{config.out}: {num_rows:,} rows in input order: {names}"))
+    if gpu_note:
+        print(f"note: {gpu_note}")
     report, not_finite = Report(), 0
     for filled, unknown, bad in map(json.loads, notes):
         not_finite += bad

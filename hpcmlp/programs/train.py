@@ -193,8 +193,8 @@ class Training:
         if self.forecast is not None and p.topology.rank == 0:
             rows.append(self.forecast.line())
         self.console.line(header(rows))
-        if p.exchange.note:
-            self.console.line(p.exchange.note)
+        for note in filter(None, (p.exchange.note, p.gpu_note)):
+            self.console.line(note)
         if self.config.shard == "params" and not p.sharded:
             self.console.line("shard params has nothing to act on: there is one rank")
         if self.config.overlap and not p.plan.overlap:

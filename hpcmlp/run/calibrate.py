@@ -62,7 +62,7 @@ class Calibration:
     def __init__(self, topology: Topology, threads: int, directory: str, rounds: int):
         self.rounds = rounds
         self.topology, self.comm, self.threads, self.directory = topology, topology.comm, threads, directory
-        self.ops = open_ops("cpu", topology.local_rank)
+        self.ops = open_ops("cpu")
         self.held = tuple(self._mean(value) for value in process_bytes(self.ops))
 
     def run(self, name: str, source: str, watts: float | None, facts: dict[str, Any]) -> Machine:

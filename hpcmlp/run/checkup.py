@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from statistics import median_high
 from typing import Any
 
+from hpcmlp.ops.gpu_places import ONE_EACH, sharing
+
 Facts = dict[str, Any]
 
 LEAST_SHM = 128 * 2**20     # of a node, and
@@ -199,18 +201,11 @@ def check_gpus(facts: list[Facts]) -> Finding:
         if gpu["error"]:
             return Finding("GPUs", False, f"{named([rank], facts)} cannot use them: {gpu['error']}",
                            "check the driver (nvidia-smi), and that CuPy's CUDA version fits it")
-    for ranks in nodes(facts).values():
-        users: dict[str, list[int]] = {}
-        for place, rank in enumerate(ranks):
-            ids = facts[rank]["gpu"]["ids"]
-            if ids:
-                users.setdefault(ids[place % len(ids)], []).append(rank)
-        shared = next((sharing for sharing in users.values() if len(sharing) > 1), None)
-        if shared:
-            return Finding("GPUs", False, f"{named(shared, facts)} share one GPU of the node's "
-                           f"{max(facts[ranks[0]]['gpu']['installed'], len(users))}",
-                           "one rank per GPU: --ntasks-per-node equal to the GPUs, each seeing all (--gpus-per-node) "
-                           "or its own (--gpus-per-task=1)")
+    shared = sharing([fact["gpu"]["ids"] for fact in facts])
+    if shared:
+        own = facts[shared[0][0]]["gpu"]
+        return Finding("GPUs", False, f"{named(shared[0], facts)} share one GPU of the node's "
+                       f"{max(own['installed'], len(own['ids']))}", ONE_EACH)
     gpu = facts[0]["gpu"]
     if not gpu["installed"] and not gpu["granted"] and not gpu["ids"]:
         return Finding("GPUs", True, "none here")

@@ -30,9 +30,8 @@ PROBE_S = 60
 GPU_PROBE = """
 import json
 import cupy
-count = cupy.cuda.runtime.getDeviceCount()
-ids = [cupy.cuda.runtime.getDeviceProperties(k)["uuid"] for k in range(count)]
-print(json.dumps([i.hex() if isinstance(i, bytes) else str(i) for i in ids]))
+from hpcmlp.ops.device import identities
+print(json.dumps(identities(cupy.cuda.runtime)))
 """
 DEVICE_MESSAGE_PROBE = """
 import cupy
@@ -98,7 +97,7 @@ def lock_error(directory: str) -> str:
 def gpu_facts() -> dict[str, Any]:
     """Return the GPUs of this node that are installed, granted and visible to this rank.
 
-    Local. `ids` are the visible ones' UUIDs in CuPy's order, asked of CuPy in a child process.
+    Local. `ids` are the visible ones' identities in CuPy's order, asked of CuPy in a child process.
     """
     try:
         installed = len([name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)])

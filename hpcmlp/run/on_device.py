@@ -56,7 +56,7 @@ def plan_on_device(parts: Any) -> OnDevice:
     c, m, topology = parts.config, parts.manifest, parts.topology
     with agreed(parts.comm):
         device = open_planned(parts.ops)
-    path, why = _path(c, parts.comm, device)
+    path, why = _path(c, parts.comm, device, parts.ops.identity)
     layout = parts.spec.layout(PaddedLayout)
     layout.size = pad(layout.size, PaddedLayout.WIDTH * topology.size)     # equal parts
     parts.exchange = open_exchange("ring" if path == "nccl" else parts.sync_name(), topology, layout.size, np.float32,
@@ -109,7 +109,7 @@ def _samples(parts: Any, device: Any, target_width: int) -> DeviceSamples | FedS
                       m.load_shift, m.load_scale)
 
 
-def _path(config: Any, comm: Any, device: Any) -> tuple[str, str]:
+def _path(config: Any, comm: Any, device: Any, identity: str) -> tuple[str, str]:
     """Return "alone", "nccl" or "host", and why not by NCCL. Collective; raises ConfigError where it was asked for."""
     if comm.size == 1:
         return "alone", ""
@@ -117,7 +117,7 @@ def _path(config: Any, comm: Any, device: Any) -> tuple[str, str]:
     if sync not in ("auto", "nccl") or config.full_update:
         return "host", "--full-update" if config.full_update else f"--sync {sync}"
     from hpcmlp.comm.nccl import own_gpus
-    why = own_gpus(comm, device.identity, device.has_nccl)
+    why = own_gpus(comm, identity, device.has_nccl)
     if why and sync == "nccl":
         raise alike(ConfigError(f"--sync nccl cannot work here: {why}; start one rank per GPU, or use --sync auto."))
     if sync == "auto" and not device.prefers_nccl:

@@ -15,8 +15,8 @@ from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
 from hpcmlp.nn.schedules import DEFAULTS as SCHEDULES
 from hpcmlp.nn.schedules import Schedule
-from hpcmlp.ops import open_ops
 from hpcmlp.plan.workload import EVALUATION_ROWS, Workload, from_options, num_steps
+from hpcmlp.run.gpus import open_arithmetic
 from hpcmlp.run.options import chosen, make_loss
 from hpcmlp.run.session import Session
 from hpcmlp.sync import Plan, make_strategy, plan
@@ -44,6 +44,7 @@ class Parts:
     loader, val : batches of the training rows, and of the validation rows (None without any).
     roles, apart : with --sync server who serves and who works, and out of step this rank's side of it; else None.
     on_device : `run.on_device.OnDevice` where the steps are planned for a GPU, else None; path : about it, for people.
+    gpu_note : which ranks share a GPU, and the cure, or "".
     local : whether ranks take steps by themselves between meetings.
     sharded : whether every rank has its slice of the parameters only.
     """
@@ -57,10 +58,10 @@ class Parts:
         if config.sync == "server":
             from hpcmlp.comm.served import Roles
             self.roles = Roles(config.servers or 1, topology.size)
+        self.ops, self.gpu_note = open_arithmetic(config.device, self.comm)
         with agreed(self.comm):
             self.loader = self.open_loader("train")
             self.val = self.open_loader("val") if manifest.rows("val") else None
-            self.ops = open_ops(config.device, topology.local_rank)
             self.loss = make_loss(config, manifest)
             self.spec = NetworkSpec((manifest.num_features, *config.hidden,
                                      self.loss.num_outputs(manifest.task, manifest.num_outputs)),

@@ -23,7 +23,9 @@ def fake_cupy(monkeypatch, count):
             raise count
         return count
 
-    runtime = types.SimpleNamespace(getDeviceCount=get_device_count, CUDARuntimeError=DriverError)
+    runtime = types.SimpleNamespace(getDeviceCount=get_device_count, CUDARuntimeError=DriverError,
+                                    getDeviceProperties=lambda number: {"uuid": b"\x0a\x0b"},
+                                    deviceGetPCIBusId=lambda number: f"bus {number}")
     made = types.SimpleNamespace(use=None)
 
     def make_device(index):
@@ -43,7 +45,7 @@ def refuse(name):
 def test_without_cupy_the_sentence_names_the_extra(monkeypatch):
     monkeypatch.setattr(device.importlib, "import_module", refuse)
     with pytest.raises(Unavailable, match="needs CuPy.*cuda12x.*--device cpu") as caught:
-        open_ops("gpu", 0)
+        open_ops("gpu")
     assert caught.value.code == 69
 
 
@@ -51,14 +53,22 @@ def test_without_cupy_the_sentence_names_the_extra(monkeypatch):
 def test_without_a_driver_or_a_gpu_the_sentence_says_so(monkeypatch, count, text):
     fake_cupy(monkeypatch, count)
     with pytest.raises(Unavailable, match=text):
-        device.open_device(0)
+        device.see_gpus()
 
 
-def test_ranks_of_a_node_take_the_gpus_in_turn(monkeypatch):
-    used = fake_cupy(monkeypatch, 2)
-    for local_rank in range(5):
-        assert isinstance(device.open_device(local_rank), DeviceOps)
-    assert used == [0, 1, 0, 1, 0]
+def test_the_gpu_of_a_number_is_used_and_known_by_its_uuid_and_bus(monkeypatch):
+    used = fake_cupy(monkeypatch, 3)
+    seen = device.see_gpus()
+    assert seen == ["0a0b bus 0", "0a0b bus 1", "0a0b bus 2"]   # UUIDs that a zero byte has cut
+    ops = device.open_device(2, seen[2])
+    assert isinstance(ops, DeviceOps) and ops.identity == seen[2] and used == [2]
+
+
+def test_emulated_gpus_are_of_ones_own_or_of_the_names_given(monkeypatch):
+    monkeypatch.setenv("HPCMLP_GPU", "emulated:a,b")
+    assert device.see_gpus() == ["a", "b"] and device.open_device(1, "b").identity == "b"
+    monkeypatch.setenv("HPCMLP_GPU", "emulated")
+    assert len(device.see_gpus()) == 1
 
 
 def test_copies_use_the_arrays_own_transfers():

@@ -161,6 +161,7 @@ class runtime:
     visible = [w for w in os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",") if w]
     getDeviceCount = staticmethod(lambda: len(runtime.visible))
     getDeviceProperties = staticmethod(lambda k: {"uuid": b"gpu" + runtime.visible[k].encode()})
+    deviceGetPCIBusId = staticmethod(lambda k: "0000:0" + runtime.visible[k])
     deviceSynchronize = staticmethod(lambda: None)
 class cuda:
     runtime = runtime
@@ -201,6 +202,20 @@ def test_two_ranks_on_one_gpu(doctor, cupy):
     assert faults(checks) == {"GPUs"} and "ranks 0-1 " in checks["GPUs"]["found"]
     assert "--gpus-per-task=1" in checks["GPUs"]["cure"]
     assert not faults(doctor(env={"CUDA_VISIBLE_DEVICES": "0,1", "PYTHONPATH": cupy}))
+
+
+@pytest.mark.parametrize("ids, ranks", [
+    ([["a", "b"], ["b"], ["c"], ["d"]], ""),            # rank 0 gives way to rank 1
+    ([["a"], ["b"], ["c", "d"], ["c"]], ""),
+    ([["a", "b"], ["a", "b"], ["c"], ["c"]], "ranks 2-3 (n2)"),
+])
+def test_gpus_are_judged_by_the_choice_that_programs_make(ids, ranks):
+    facts = launch_of_four()
+    for fact, own in zip(facts, ids, strict=True):
+        fact["gpu"] = {**fact["gpu"], "installed": 2, "cupy": True, "ids": own}
+    found = [finding for finding in check_all(facts) if not finding.ok]
+    assert [finding.name for finding in found] == (["GPUs"] if ranks else [])
+    assert not ranks or ranks in found[0].found and "--gpus-per-task=1" in found[0].cure
 
 
 @pytest.mark.skipif(not MPICH, reason="the claim is MPICH's")

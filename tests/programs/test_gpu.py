@@ -155,3 +155,18 @@ def test_bench_step_times_planned_steps(hpcmlp, ranks):
     result = json.loads(done.stdout)
     assert result["device"] == "emulated" and result["precision"] == "bf16" and result["ranks"] == (ranks or 1)
     assert result["step_ms"] > 0.0 and result["num_params"] == 20 * 16 + 16 + 16 * 4 + 4
+
+
+def test_ranks_that_share_a_gpu_are_named_with_the_cure(flowers, hpcmlp, tmp_path):
+    shared = EMULATED["HPCMLP_GPU"] + ":the only one"
+    done = train(hpcmlp, flowers, tmp_path / "run", "--device", "gpu", ranks=2, HPCMLP_GPU=shared)
+    assert done.returncode == 0, done.stderr
+    assert "ranks 0-1 (" in done.stdout and "share a GPU; faster is one rank per GPU" in done.stdout
+    judged = hpcmlp("evaluate", tmp_path / "run", "--json", "--device", "gpu", ranks=2, env={"HPCMLP_GPU": shared})
+    assert "share a GPU" in judged.stderr and json.loads(judged.stdout)["rows"]
+    refused = train(hpcmlp, flowers, tmp_path / "nccl", "--device", "gpu", "--sync", "nccl", ranks=2, HPCMLP_GPU=shared)
+    assert refused.returncode == 78 and "ranks 0 and 1 share a GPU" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    own = train(hpcmlp, flowers, tmp_path / "own", "--device", "gpu", "--sync", "nccl", ranks=2,
+                HPCMLP_GPU=EMULATED["HPCMLP_GPU"] + ":one,another")     # both ranks see both
+    assert own.returncode == 0 and "share a GPU" not in own.stdout, own.stderr

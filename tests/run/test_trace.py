@@ -100,7 +100,7 @@ def test_the_file_is_a_chrome_trace_with_every_rank():
 
 
 def test_layers_are_told_with_an_overlapping_exchange_and_nothing_stays_behind():
-    network = Network(NetworkSpec((5, 4, 3)), open_ops("cpu", 0), 6)
+    network = Network(NetworkSpec((5, 4, 3)), open_ops("cpu"), 6)
     x, closed = np.ones((6, 5), np.float32), []
     collective = SimpleNamespace(reduce_scatter=print, all_gather=print, narrow=False)
     strategy = SimpleNamespace(buckets=[], reduce=print, update=print, share=print, grad_norm=print,
