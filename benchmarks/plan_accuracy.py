@@ -1,9 +1,9 @@
 """Measure how near `hpcmlp plan` comes: a machine file, then real runs of `hpcmlp train`, foretold beside measured.
 
-    python benchmarks/plan_accuracy.py --mpiexec .venv/bin/mpiexec calibrate --machine m.json
-    python benchmarks/plan_accuracy.py --mpiexec .venv/bin/mpiexec runs --machine m.json --out results.json
-    python benchmarks/plan_accuracy.py --mpiexec .venv/bin/mpiexec link --mbit 1000 --out link.json
-    python benchmarks/plan_accuracy.py table results.json link.json
+    .venv/bin/python benchmarks/plan_accuracy.py calibrate --machine m.json
+    .venv/bin/python benchmarks/plan_accuracy.py runs --machine m.json --out results.json
+    .venv/bin/python benchmarks/plan_accuracy.py link --mbit 1000 --out link.json
+    .venv/bin/python benchmarks/plan_accuracy.py table results.json link.json
 
 Every run trains with Adam on made-up samples of 784 float32 inputs, one BLAS thread a rank, and its summary.json holds
 both sides. `link` calibrates and runs on two hosts with one core and one rank each, joined by a link of that rate (see
@@ -32,7 +32,8 @@ RUNS = [("256", 64, 1, "ring", 400), ("256", 64, 2, "shared", 400), ("256", 1024
         ("2048,2048", 2048, 2, "ring", 12), ("4096,4096,4096", 128, 2, "shared", 12),
         ("4096,4096,4096", 512, 1, "ring", 8)]
 LINK_RUNS = [("512,256", 512, 2, "ring", 60), ("1024,1024", 1024, 2, "ring", 30), ("2048,2048", 2048, 2, "ring", 15)]
-MEASURED = ("step_s", "compute_s", "comm_s", "input_s", "memory_bytes_per_node", "sent_bytes_per_rank_and_step")
+MEASURED = ("step_s", "compute_s", "comm_s", "wait_s", "input_s", "memory_bytes_per_node",
+            "sent_bytes_per_rank_and_step")
 
 
 def make_data(folder: Path) -> None:
@@ -92,21 +93,23 @@ def table(paths: list[Path]) -> None:
                 entry.get("link", ""),)
             groups.setdefault(key, []).append(entry["plan"])
     print("| network | batch | ranks, sync | step foretold, ms | measured | ratio | compute | comm "
-          "| memory foretold, MiB | measured | ratio | bytes sent a step |\n|" + "---|" * 12)
+          "| wait foretold, measured, ms | memory foretold, MiB | measured | ratio | bytes sent a step |\n|"
+          + "---|" * 13)
     times, memories, exact = [], [], True
     for (hidden, batch, ranks, sync, link), plans in groups.items():
         median = {name: {side: statistics.median(p[name][side] for p in plans) for side in ("foretold", "measured")}
                   for name in MEASURED if all(name in p for p in plans)}
         ratio = {name: pair["measured"] / pair["foretold"] if pair["foretold"] else float("nan")
                  for name, pair in median.items()}
-        step, memory, sent = (median[name] for name in ("step_s", "memory_bytes_per_node",
-                                                        "sent_bytes_per_rank_and_step"))
+        step, wait, memory, sent = (median[name] for name in ("step_s", "wait_s", "memory_bytes_per_node",
+                                                              "sent_bytes_per_rank_and_step"))
         times.append(abs(ratio["step_s"] - 1))
         memories.append(abs(ratio["memory_bytes_per_node"] - 1))
         exact &= sent["measured"] == sent["foretold"]
         print(f"| 784-{hidden.replace(',', '-')}-10 | {batch} | {ranks}, {sync}{link} | {1e3 * step['foretold']:.2f} | "
               f"{1e3 * step['measured']:.2f} | {ratio['step_s']:.2f} | {ratio['compute_s']:.2f} | "
-              f"{ratio['comm_s']:.2f} | {memory['foretold'] / 2**20:.1f} | {memory['measured'] / 2**20:.1f} | "
+              f"{ratio['comm_s']:.2f} | {1e3 * wait['foretold']:.2f}, {1e3 * wait['measured']:.2f} | "
+              f"{memory['foretold'] / 2**20:.1f} | {memory['measured'] / 2**20:.1f} | "
               f"{ratio['memory_bytes_per_node']:.3f} | {sent['measured']:,.0f} |")
     print(f"\n{len(times)} configurations: time off by {100 * statistics.median(times):.1f} % in the median, "
           f"{100 * max(times):.1f} % at most; memory {100 * statistics.median(memories):.1f} % and "
@@ -117,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("calibrate", "runs", "link", "table"))
     parser.add_argument("results", nargs="*", type=Path, help="files of --out (table)")
-    parser.add_argument("--mpiexec", default="mpiexec")
+    parser.add_argument("--mpiexec", default=str(Path(sys.executable).with_name("mpiexec")))
     parser.add_argument("--machine", default="machine.json", help="machine file to write (calibrate) or use (runs)")
     parser.add_argument("--mbit", type=float, default=1000, help="rate of the link, Mbit/s (link)")
     parser.add_argument("--only", default=":", help="configurations to run, as first:last (runs)")

@@ -4,8 +4,9 @@
 
 Hosts with one core each (tests/cluster/hosts.py). Efficiency is T1 / (P T_P) for the same global batch: T1 the step of
 one rank with the whole batch on one host, the other cores idle. Then two short trainings without overlap: the
-communication that metrics.jsonl reports for a step, beside what bytes and bandwidth say, 2 (P - 1)/P x parameters x
-bytes a number, over the part of the link's rate that payload gets (95.6 % of frames of 1,514 bytes).
+communication that summary.json reports of a step, waiting for the later rank apart, beside what bytes and bandwidth
+say, 2 (P - 1)/P x parameters x bytes a number, over the part of the link's rate that payload gets (95.6 % of frames of
+1,514 bytes).
 """
 
 import argparse
@@ -42,16 +43,15 @@ def step(args, launcher, *options):
     return json.loads(run_hosts(args, *launcher, *words).splitlines()[-1])
 
 
-def logged_communication(args, wire, folder):
-    """Return the median seconds of communication that a training over the hosts logs for a step."""
+def logged_parts(args, wire, folder):
+    """Return the median seconds of a step's parts, of a training over the hosts: summary.json's step_parts_s."""
     sizes = args.sizes.split(",")
     run = f"{folder}/run-{wire}"
     run_hosts(args, "{mpiexec}", "{python}", "-m", "hpcmlp", "train", "--data", f"{folder}/data", "--out", run,
               "--hidden", ",".join(sizes[1:-1]), "--steps", args.logged_steps, "--global-batch-size",
-              args.global_batch_size, "--wire", wire, "--sync", "ring", "--no-overlap", "--log-every", 1, "--no-test",
+              args.global_batch_size, "--wire", wire, "--sync", "ring", "--no-overlap", "--no-test",
               "--checkpoint-every", 10**6)
-    records = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
-    return statistics.median([r["comm_s"] for r in records if r["kind"] == "step"][1:])
+    return json.loads(Path(run, "summary.json").read_text())["step_parts_s"]
 
 
 def make_data(args, folder):
@@ -91,9 +91,10 @@ def main():
         for wire, width in WIDTH.items():
             sent = 2 * (args.hosts - 1) / args.hosts * result["num_params"] * width
             bound = sent / (args.mbit * 125_000 * PAYLOAD)
-            logged = logged_communication(args, wire, folder)
-            print(f"{wire:10} communication of a step in the log {1000 * logged:.1f} ms, bytes over bandwidth "
-                  f"{1000 * bound:.1f} ms: {100 * (logged / bound - 1):+.1f} %", flush=True)
+            parts = logged_parts(args, wire, folder)
+            print(f"{wire:10} communication of a step {1000 * parts['comm']:.1f} ms, bytes over bandwidth "
+                  f"{1000 * bound:.1f} ms: {100 * (parts['comm'] / bound - 1):+.1f} %; and "
+                  f"{1000 * parts['wait']:.1f} ms of waiting", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from typing import Any
 
 LARGE = 0.15        # a difference of a step's time, or of memory, that is worth naming its part
+NAMES = {"compute_s": "computing", "comm_s": "communication", "wait_s": "waiting for late ranks", "input_s": "input"}
 
 
 def compare(outlook: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
@@ -10,7 +11,7 @@ def compare(outlook: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]
 
     Local.
 
-    measured : any of "step_s", "parts_s" ("compute", "comm", "input"), "memory_bytes_per_node", "process_bytes",
+    measured : any of "step_s", "parts_s" ("compute", "comm", "wait", "input"), "memory_bytes_per_node",
         "sent_bytes_per_rank_and_step"; None where it was not measured.
     """
     found: dict[str, Any] = {}
@@ -33,8 +34,8 @@ def _parts(outlook: dict[str, Any]) -> dict[str, float]:
     parts = outlook.get("step_parts_s")
     if parts is None:
         return {}
-    return {"compute": sum(parts[name] for name in ("products", "passes", "update", "fixed")), "comm": parts["comm"],
-            "input": parts["input"]}
+    return {"compute": sum(parts[name] for name in ("products", "passes", "update", "fixed")),
+            **{name: parts.get(name, 0.0) for name in ("comm", "wait", "input")}}
 
 
 def _off(found: dict[str, Any]) -> list[str]:
@@ -42,10 +43,9 @@ def _off(found: dict[str, Any]) -> list[str]:
     sentences = []
     step = found.get("step_s")
     if step and abs(step["measured"] - step["foretold"]) > LARGE * step["foretold"]:
-        parts = {name: pair["measured"] - pair["foretold"] for name, pair in found.items()
-                 if name in ("compute_s", "comm_s", "input_s")}
+        parts = {name: pair["measured"] - pair["foretold"] for name, pair in found.items() if name in NAMES}
         part = max(parts, key=lambda name: abs(parts[name])) if parts else None
-        what = f"; most of it is {part[:-2]}: {1e3 * found[part]['measured']:.3g} ms, foretold " \
+        what = f"; most of it is {NAMES[part]}: {1e3 * found[part]['measured']:.3g} ms, foretold " \
                f"{1e3 * found[part]['foretold']:.3g}" if part else ""
         longer = "longer" if step["ratio"] > 1 else "shorter"
         sentences.append(f"a step took {abs(100 * (step['ratio'] - 1)):,.0f} % {longer} than foretold{what}")
@@ -62,7 +62,8 @@ def lines(comparison: dict[str, Any]) -> list[str]:
     """Return the lines that a run ends with. Local."""
     shown = []
     for name, factor, unit in (("step_s", 1e3, "ms"), ("compute_s", 1e3, "ms"), ("comm_s", 1e3, "ms"),
-                               ("input_s", 1e3, "ms"), ("memory_bytes_per_node", 2.0**-20, "MiB"),
+                               ("wait_s", 1e3, "ms"), ("input_s", 1e3, "ms"),
+                               ("memory_bytes_per_node", 2.0**-20, "MiB"),
                                ("sent_bytes_per_rank_and_step", 1, "bytes")):
         pair = comparison.get(name)
         if pair:

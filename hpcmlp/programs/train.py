@@ -118,6 +118,7 @@ class Training:
             from hpcmlp.run.forecast import Forecast  # when the samples are there: no rank waits for it before
             self.forecast = Forecast(parts)
         self._plan: dict[str, Any] | None = None    # foretold and measured, at the end (rank 0)
+        self._parts_s: dict[str, float] = {}        # what a step was spent on, at the end
         self.trace: Any = None
         self._served: list[dict[str, Any]] = []  # what servers did, epoch by epoch (rank 0)
         self._reported = 0      # the step up to which they have told
@@ -146,8 +147,10 @@ class Training:
                     self._loop(flag)
             finally:
                 self.console.close()
-        if self.forecast is not None and not self._lost:
-            self._plan = self.forecast.compare(self.account)
+        if not self._lost:
+            self._parts_s = self.account.median_parts_s()
+            if self.forecast is not None:
+                self._plan = self.forecast.compare(self.account, self._parts_s)
         self._finish()
         return 0
 
@@ -577,7 +580,8 @@ class Training:
         if note:
             self.console.line(note)
         self.directory.write("summary.json",
-                             to_json(summary(self.parts, self.account, digest, test, self._served, self._plan)) + "\n")
+                             to_json(summary(self.parts, self.account, self._parts_s, digest, test, self._served,
+                                             self._plan)) + "\n")
 
 
 assert {f.name for f in fields(TrainConfig)} >= FREE_ON_RESUME, "FREE_ON_RESUME names options"

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm.messages import all_gather_bytes
+from hpcmlp.comm.messages import all_gather_bytes, sum_in_place
 from hpcmlp.run.coordinator import Console, epoch_line
 from hpcmlp.run.numbers import is_spike
 from hpcmlp.run.parts import Parts
+from hpcmlp.run.waiting import kept_by_all, least_over_ranks
 from hpcmlp.sync.step import StepResult, hidden_share
 
-LAST_STEPS = 10_000  # whose times give the median step of the summary
+LAST_STEPS = 10_000  # whose times give the median step of the summary, and an epoch's communication and waiting
 SLOW = 1.5           # times the usual seconds of computing and input make a rank a slow one
 SLOW_SHARE, SLOW_LEAST_S = 0.1, 0.5    # of an epoch, and seconds, that a slow rank must cost to be named
 
@@ -38,6 +39,8 @@ class Account:
         self._comm_s, self._flight_s = np.zeros(2), np.zeros(2)   # of this epoch, of this run
         self._step_times: deque[float] = deque(maxlen=LAST_STEPS)
         self._step_parts: deque[tuple[float, ...]] = deque(maxlen=LAST_STEPS)
+        self._epoch_comm: deque[float] = deque(maxlen=LAST_STEPS)   # seconds of this rank, by step or round
+        self._epoch_counted = 0     # steps or rounds of this epoch
         self._epoch_rows = self._epoch_s = 0.0
         self.bytes_sent = 0     # by this rank in a step that did not log
 
@@ -51,12 +54,28 @@ class Account:
         """Median seconds of the last steps, 0 before the first. Local."""
         return float(np.median(list(self._step_times))) if self._step_times else 0.0
 
-    @property
     def median_parts_s(self) -> dict[str, float]:
-        """Median seconds of this rank's compute, comm and input in the last steps; empty before the first. Local."""
-        if not self._step_parts:
+        """Return median seconds of the parts of a step: "compute", "comm", "wait" and "input".
+
+        Collective. Over the last steps; empty before the first. The mean over the ranks that train, but "comm", which
+        is without waiting for the rank that comes last (`run.waiting`). Out of step ranks do not meet: there "comm" is
+        with waiting, and without "wait", as server 0 was told.
+        """
+        p = self._parts
+        if p.apart is not None:
+            parts = np.array(list(self._step_parts))
+            return dict(zip(self._spent, np.median(parts, axis=0).tolist(), strict=True)) if len(parts) else {}
+        parts = kept_by_all(p.comm, self._step_parts)
+        if not len(parts):
             return {}
-        return dict(zip(self._spent, np.median(list(self._step_parts), axis=0).tolist(), strict=True))
+        comm = least_over_ranks(p.comm, parts[:, 1])
+        trains = np.array([float(p.roles is None or p.topology.rank in p.roles.workers)])
+        total = parts * trains
+        sum_in_place(p.comm, total)
+        sum_in_place(p.comm, trains)
+        compute, spent, read = (total / trains).T
+        return {name: float(np.median(seconds)) for name, seconds in
+                (("compute", compute), ("comm", comm), ("wait", spent - comm), ("input", read))}
 
     @property
     def hidden(self) -> float:
@@ -85,6 +104,8 @@ class Account:
         self._print_due |= bool(every) and (number + 1) % every == 0
         if not result.steps:
             return
+        self._epoch_comm.append(since["comm"])
+        self._epoch_counted += 1
         mean = {name: seconds / result.steps for name, seconds in since.items()}
         self._since = dict.fromkeys(since, 0.0)
         self._step_times.append(mean["step"])
@@ -142,24 +163,45 @@ class Account:
         epoch_s = self._epoch_s
         self._epoch_rows = self._epoch_s = 0.0
         epochs = None if steps is not None else p.total_steps // p.steps_per_epoch
-        self._console.line(epoch_line(epoch + 1, epochs, train_loss, val, rate, self._spent,
+        comm_s = self._communication()
+        spent = {"compute": self._spent["compute"], **self._apart(self._spent["comm"], comm_s),
+                 "input": self._spent["input"]}
+        self._console.line(epoch_line(epoch + 1, epochs, train_loss, val, rate, spent,
                                       hidden if p.plan.overlap else None))
         self._log({"kind": "epoch", "epoch": epoch + 1, "step": progress.step, "train_loss": train_loss, "val": val,
-                   "samples_per_s": rate, "seconds": dict(self._spent), "hidden": hidden})
-        self._tell_of_ranks(epoch, epoch_s)
+                   "samples_per_s": rate, "seconds": spent, "hidden": hidden})
+        self._tell_of_ranks(epoch, epoch_s, comm_s)
         self._spent = dict.fromkeys(self._spent, 0.0)
 
-    def _tell_of_ranks(self, epoch: int, epoch_s: float) -> None:
+    def _communication(self) -> float | None:
+        """Seconds of the epoch's communication without waiting; None where ranks are not in step. Collective."""
+        p, counted = self._parts, self._epoch_counted
+        self._epoch_counted = 0
+        if p.apart is not None:
+            return None
+        kept = kept_by_all(p.comm, self._epoch_comm)
+        self._epoch_comm.clear()
+        # The last steps stand for those of an epoch that has more.
+        return float(least_over_ranks(p.comm, kept).sum()) * counted / len(kept) if len(kept) else 0.0
+
+    @staticmethod
+    def _apart(spent: float, comm_s: float | None) -> dict[str, float]:
+        """What a rank spent on communication in two parts, or in one where nobody can tell."""
+        return {"comm": spent} if comm_s is None else {"comm": comm_s, "wait": max(0.0, spent - comm_s)}
+
+    def _tell_of_ranks(self, epoch: int, epoch_s: float, comm_s: float | None) -> None:
         """Log every rank's seconds of the epoch, and name ranks that took much longer than the others. Collective."""
         p = self._parts
         own = np.array(list(self._spent.values()), np.float64)
         spent = np.frombuffer(b"".join(all_gather_bytes(p.comm, own.tobytes())), np.float64).reshape(-1, own.size)
-        compute, wait, read = spent.round(6).T
+        compute, comm, read = spent.round(6).T
+        wait = comm if comm_s is None else np.maximum(0.0, comm - comm_s).round(6)
         busy = compute + read
         usual = np.sort(busy)[(len(busy) - 1) // 2]     # of two the faster
         slow = np.flatnonzero(busy > SLOW * usual)
         self._log({"kind": "ranks", "epoch": epoch + 1, "step": p.session.progress.step, "compute_s": compute.tolist(),
-                   "input_s": read.tolist(), "wait_s": wait.tolist(), "slow": [int(rank) for rank in slow]})
+                   "input_s": read.tolist(), "comm_s": comm_s, "wait_s": wait.tolist(),
+                   "slow": [int(rank) for rank in slow]})
         for rank in (r for r in slow[:3] if usual and busy[r] - usual > max(SLOW_SHARE * epoch_s, SLOW_LEAST_S)):
             self._console.line(f"rank {rank} is slow: {busy[rank]:.2f} s of computing and input this epoch, "
                                f"{busy[rank] / usual:.1f} times the usual")

@@ -124,8 +124,8 @@ def epoch_line(epoch: int, epochs: int | None, train_loss: float, val: dict[str,
                seconds: dict[str, float], hidden: float | None = None) -> str:
     """Return the console line of one epoch.
 
-    Local. `seconds`: compute, comm, input of this rank. `hidden`: the share of communication that was hidden behind
-    computing, None where nothing overlaps.
+    Local. `seconds`: compute, comm, wait (for late ranks) and input of this rank. `hidden`: the share of communication
+    that was hidden behind computing, None where nothing overlaps.
     """
     total = sum(seconds.values()) or 1.0
     share = " ".join(f"{name} {100 * s / total:.0f} %" for name, s in seconds.items())

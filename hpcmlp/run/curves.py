@@ -17,7 +17,7 @@ from hpcmlp.errors import DataError, InputMissing
 
 MAIN_METRICS = ("accuracy", "label_accuracy", "rmse")  # the first one that a run has is drawn
 _LARGEST = 1e100
-TIME_PARTS = ("compute", "comm", "input")
+TIME_PARTS = ("compute", "comm", "wait", "input")
 MISSING = "learning curves are not drawn: this needs matplotlib (pip install 'hpcmlp[plot]')."
 
 
@@ -94,7 +94,7 @@ def draw_curves(runs: Sequence[str | os.PathLike], out: str | os.PathLike) -> st
         rate.plot(*_points(steps, "step", "lr"), color=color, label=name)
         _draw_time(time, steps, epochs, number, name)
     time.set(title="share of time", xlim=(0, 100), ylim=(-0.6, len(names)), yticks=[], xlabel="% of the time in steps")
-    time.legend(fontsize="small", loc="upper center", ncols=3)
+    time.legend(fontsize="small", loc="upper center", ncols=len(TIME_PARTS))
     _finish(loss, "loss", True)
     _finish(metric, metric.get_title() or "validation metric", len(names) > 1)
     rate.set_ylim(bottom=0.0)
@@ -160,7 +160,7 @@ def _draw_time(axes: Any, steps: list[dict], epochs: list[dict], number: int, na
     left = 0.0
     for i, (part, value) in enumerate(zip(TIME_PARTS, seconds, strict=True)):
         share = 100.0 * value / total if total else 0.0
-        axes.barh(number, share, left=left, height=0.4, color=("0.35", "0.6", "0.82")[i],
+        axes.barh(number, share, left=left, height=0.4, color=("0.35", "0.55", "0.72", "0.87")[i],
                   label=part if number == 0 else None)
         if share > 6:
             axes.text(left + share / 2, number, f"{share:.0f} %", ha="center", va="center", color="w" if i < 1 else "k")

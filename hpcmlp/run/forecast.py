@@ -38,8 +38,11 @@ class Forecast:
             text += f"; {duration(o['step_s'])} a step, {duration(o['run_s'])} in all on {o['machine']}"
         return "plan", text
 
-    def compare(self, account: Account) -> dict[str, Any] | None:
-        """Return foretold and measured side by side on rank 0, None elsewhere. Collective."""
+    def compare(self, account: Account, parts_s: dict[str, float]) -> dict[str, Any] | None:
+        """Return foretold and measured side by side on rank 0, None elsewhere.
+
+        Collective. parts_s : what a step spent on what (`Account.median_parts_s`).
+        """
         from hpcmlp.run.memory import pss_bytes  # at the end
         p = self.parts
         held = np.array([float(pss_bytes())])
@@ -48,7 +51,7 @@ class Forecast:
             return None
         from hpcmlp.plan.compare import compare
         counted = p.exchange.name in ("ring", "shared") and not p.local
-        measured = {"step_s": account.median_step_s or None, "parts_s": account.median_parts_s,
+        measured = {"step_s": account.median_step_s or None, "parts_s": parts_s,
                     "memory_bytes_per_node": float(held[0]) or None,
                     "sent_bytes_per_rank_and_step": account.bytes_sent if counted else None}
         names = ("flops_per_step", "flops_per_run", "memory_parts", "step_parts_s", "run_s", "bound", "machine")

@@ -91,12 +91,12 @@ def _storage(p: Parts) -> dict[str, Any]:
                                       p.session.progress.step, p.config.staleness or "0")}
 
 
-def summary(p: Parts, account: Account, digest: str, test: dict[str, Any],
+def summary(p: Parts, account: Account, parts_s: dict[str, float], digest: str, test: dict[str, Any],
             served: list[dict[str, Any]], plan: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the content of summary.json, the durable record of success, for a run that has finished. Local.
 
-    digest : sha256 of the parameters that the run recommends; test : their metrics; served : what servers did, by
-    epoch.
+    parts_s : what a step was spent on (`Account.median_parts_s`); digest : sha256 of the parameters that the run
+    recommends; test : their metrics; served : what servers did, by epoch.
     """
     c, progress = p.config, p.session.progress
     median = account.median_step_s
@@ -111,7 +111,8 @@ def summary(p: Parts, account: Account, digest: str, test: dict[str, Any],
             "lr_factor": progress.lr_factor,
             "parameters_sha256": digest, "num_params": p.network.layout.num_params,
             "samples_per_s": min(c.global_batch_size, p.manifest.rows("train")) / median if median else None,
-            "step_s": median, **({"plan": plan} if plan else {}), "wall_s": progress.seconds, "versions": versions()}
+            "step_s": median, "step_parts_s": parts_s, **({"plan": plan} if plan else {}),
+            "wall_s": progress.seconds, "versions": versions()}
 
 
 def _served(p: Parts, served: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ OUTLOOK = {"step_s": 0.010, "step_parts_s": {"products": 0.006, "passes": 0.001,
            "memory_bytes_per_node": 100 << 20, "sent_bytes_per_rank_and_step": 1000}
 
 
-def measured(step=0.010, comm=0.0019, memory=100 << 20, sent=1000):
-    return {"step_s": step, "parts_s": {"compute": 0.008, "comm": comm, "input": 0.0001},
+def measured(step=0.010, comm=0.0019, memory=100 << 20, sent=1000, wait=0.0):
+    return {"step_s": step, "parts_s": {"compute": 0.008, "comm": comm, "wait": wait, "input": 0.0001},
             "memory_bytes_per_node": memory, "sent_bytes_per_rank_and_step": sent}
 
 
@@ -21,7 +21,14 @@ def test_what_agrees_is_not_remarked_on():
 def test_the_part_that_was_off_is_named():
     found = compare(OUTLOOK, measured(step=0.015, comm=0.0069))
     assert len(found["off"]) == 1 and "50 % longer" in found["off"][0]
-    assert "comm: 6.9 ms, foretold 1.9" in found["off"][0]
+    assert "communication: 6.9 ms, foretold 1.9" in found["off"][0]
+
+
+def test_waiting_for_late_ranks_is_a_part_of_its_own():
+    found = compare(OUTLOOK, measured(step=0.014, wait=0.004))
+    assert found["comm_s"]["ratio"] == 1.0 and found["wait_s"] == {"foretold": 0.0, "measured": 0.004, "ratio": None}
+    assert "waiting for late ranks: 4 ms, foretold 0" in found["off"][0]
+    assert "wait 4 ms (foretold 0)" in lines(found)[0]
 
 
 def test_memory_and_traffic_that_differ_are_named():

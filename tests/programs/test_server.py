@@ -59,6 +59,8 @@ def test_a_lost_worker_costs_its_share_only(hpcmlp, flowers, tmp_path, act):
     assert [sum(r["staleness"].values()) for r in records(out, "server")] == [3 * STEPS_PER_EPOCH] * 3
     last = records(out, "server")[-1]
     assert {w["rank"] for w in last["workers"]} == {1, 2}
+    # Out of step nobody can tell waiting from communication.
+    assert all(r["comm_s"] is None and len(r["wait_s"]) == len(r["compute_s"]) for r in records(out, "ranks"))
 
 
 def test_when_all_workers_are_lost_the_run_is_saved_and_resumes(hpcmlp, flowers, tmp_path):

@@ -61,6 +61,16 @@ def test_a_slow_rank_is_no_alarm_and_every_epoch_tells_of_the_ranks(flowers, hpc
         assert all(len(record[key]) == 2 and min(record[key]) >= 0 for key in ("compute_s", "input_s", "wait_s"))
         # It sleeps while it should load; the other one waits for it.
         assert record["wait_s"][0] > 20 * 0.02
+        # What the sleeping rank sees is the exchange; the other's waiting is no part of it.
+        assert record["comm_s"] + record["wait_s"][1] < 0.5 * record["wait_s"][0]
+    epochs = [record for record in records if record["kind"] == "epoch"]
+    for record, epoch in zip(ranks, epochs, strict=True):
+        seconds = epoch["seconds"]
+        assert list(seconds) == ["compute", "comm", "wait", "input"] and seconds["comm"] == record["comm_s"]
+        assert seconds["wait"] == pytest.approx(record["wait_s"][0], abs=1e-5)
+    assert re.search(r"comm \d+ % wait [5-9]\d %", done.stdout)
+    parts = json.loads((tmp_path / "run" / "summary.json").read_text())["step_parts_s"]
+    assert parts["wait"] > 0.3 * 0.02 and parts["comm"] < 0.5 * parts["wait"]   # a mean: one of the two waits
 
 
 def test_a_rank_that_goes_without_a_word_ends_the_job_soon(flowers, hpcmlp, tmp_path):
