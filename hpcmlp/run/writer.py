@@ -2,8 +2,10 @@
 
 Training goes on as soon as the state has been copied (`run.session`). One state is under way at a time: whoever comes
 too soon waits for the one before. What the thread meets is told when it is next asked, on the thread of the training.
+The thread stays: to start one takes a handshake, and milliseconds where ranks that wait keep all cores busy.
 """
 
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -28,10 +30,13 @@ class Writer:
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._jobs: queue.SimpleQueue[Callable[[], Saved | None]] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
         self._saved: list[Saved] = []
         self._error: BaseException | None = None
         self.waited_s = 0.0
+        threading.Thread(target=self._run, name="checkpoint writer", daemon=True).start()
 
     def start(self, job: Callable[[], Saved | None]) -> None:
         """Begin `job` and return; the caller leaves what it works on alone until `wait` returns.
@@ -41,24 +46,27 @@ class Writer:
         self.wait()
         if self._error is not None:
             raise self._error
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint writer", daemon=True)
-        self._thread.start()
+        self._idle.clear()
+        self._jobs.put(job)
 
-    def _run(self, job: Callable[[], Saved | None]) -> None:
-        try:
-            saved = job()
-        except BaseException as error:  # told by `saved`, on the thread that can do something about it
-            self._error = error
-        else:
-            if saved is not None:
-                self._saved.append(saved)
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            try:
+                saved = job()
+            except BaseException as error:  # told by `saved`, on the thread that can do something about it
+                self._error = error
+            else:
+                if saved is not None:
+                    self._saved.append(saved)
+            del job  # and with it the state
+            self._idle.set()
 
     def wait(self) -> None:
         """Return when no job is under way; what came of it is told by `saved`."""
-        if self._thread is not None:
+        if not self._idle.is_set():
             begin = time.monotonic()
-            self._thread.join()
-            self._thread = None
+            self._idle.wait()
             self.waited_s += time.monotonic() - begin
 
     @property
