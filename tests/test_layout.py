@@ -27,9 +27,9 @@ INSIDE = {
     "sync": "buckets control memory strategy narrow overlap sync step sharded planned device_step local ledger "
             "storage tasks server",
     "plan": "plan workload record machine profiles demand events scaling outlook compare text picture job fit",
-    "run": "run memory faults signals signs lateness beacon watchdog sealed state_file writer checkpoint directory "
-           "coordinator options session slices numbers checkup gpus on_device parts waiting account forecast roc "
-           "evaluation together judge record elastic curves trace timeline io_rates device_rates facts speeds "
+    "run": "run memory faults signals signs lateness beacon watchdog sealed pieces state_file writer checkpoint "
+           "directory coordinator options session slices numbers checkup gpus on_device parts waiting account forecast "
+           "roc evaluation together judge record elastic curves trace timeline io_rates device_rates facts speeds "
            "calibrate",
     "programs": "programs prepare train evaluate predict inspect report plan bench doctor launch",
 }

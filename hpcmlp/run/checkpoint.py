@@ -1,12 +1,12 @@
 """The checkpoints of a run: written beside, synced, renamed, named in a record; found again newest first, verified.
 
 A checkpoint is a directory `checkpoints/step-00001000` with `state.h5` (see `run.state_file`) and `manifest.json`,
-which holds size and sha256 of it; `checkpoints/record.json` names those that are on disk for certain. The order of a
-save: both files written into a hidden directory and synced, that directory synced, renamed to a name that was never
-used, `checkpoints/` synced; the record replaced in the same way; then only is it acknowledged, and older ones deleted,
-but for the last `keep` and the best. So whenever the power fails, the last acknowledged one is whole, under its name.
-A reader trusts no pointer: it takes the newest that passes its digests, and says what it passes over. When a manifest
-is lost the arrays' own digests decide.
+which holds its size and digest (see `run.pieces`); `checkpoints/record.json` names those that are on disk for certain.
+The order of a save: both files written into a hidden directory and synced, that directory synced, renamed to a name
+that was never used, `checkpoints/` synced; the record replaced in the same way; then only is it acknowledged, and older
+ones deleted, but for the last `keep` and the best. So whenever the power fails, the last acknowledged one is whole,
+under its name. A reader trusts no pointer: it takes the newest that passes its digests, and says what it passes over.
+When a manifest is lost the arrays' own digests decide.
 """
 
 import hashlib
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcmlp.data.files import (
-    digest_file,
     discard_directory,
     publish_directory,
     sync_directory,
@@ -30,6 +29,7 @@ from hpcmlp.data.files import (
 )
 from hpcmlp.errors import CannotWrite, ConfigError, DataError, InputMissing
 from hpcmlp.nn.network import NetworkSpec
+from hpcmlp.run import pieces
 from hpcmlp.run.sealed import Damaged, read_sealed, seal
 from hpcmlp.run.state_file import FORMAT_VERSION, State, Streamed, UnknownFormat, file_pieces, parse, write_streamed
 from hpcmlp.run.writer import Saved
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _TEMPORARY = re.compile(r"\.step-\d{8,}(-\d+)?\.[0-9a-f]+\.partial")
 _RECORD = "record.json"
-_PIECE_BYTES = 1 << 20
+_DIGEST = "sha256_of_pieces"
 _LOOKS = 3  # at a directory that changes while it is read
 
 
@@ -112,12 +112,13 @@ def _write_state(path: "Path", state: State | Streamed) -> dict[str, Any]:
     if isinstance(state, Streamed):
         try:
             write_streamed(path, state)
-            return {"bytes": os.path.getsize(path), "sha256": digest_file(path)}
+            image, digest = pieces.read(path, mapped=True)
+            return {"bytes": image.size, _DIGEST: digest}
         except OSError as error:
             raise CannotWrite(write_failure(path, error, state.num_bytes)) from None
-    digest = hashlib.sha256()
+    digest = pieces.PieceDigest()
     size = _write(path, file_pieces(state), digest, sum(a.nbytes for a in state.arrays.values()))
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": size, _DIGEST: digest.hexdigest()}
 
 
 def _write(path: "Path", buffers: Any, digest: Any = None, about: int = 0) -> int:
@@ -243,19 +244,25 @@ def read(path: str | os.PathLike) -> State:
 
 def _read(path: "Path", mapped: bool = False) -> tuple[State, list[str]]:
     """Return the state, and what is wrong beside it."""
-    digest, notes, manifest = hashlib.sha256(), [], None
-    image = _read_image(path / "state.h5", digest, mapped)
+    notes, manifest = [], None
     try:
         manifest = read_sealed(path / "manifest.json")
         why = "is not there"
     except Damaged as damage:
         why = str(damage)
     try:
+        image, digest = pieces.read(path / "state.h5", mapped)
+    except OSError as error:
+        raise InputMissing(f"{path / 'state.h5'}: cannot read this file ({error.strerror}).") from None
+    try:
         if manifest is None:
             notes.append(f"{path / 'manifest.json'} {why}; the digests of the arrays themselves are right.")
         elif manifest.get("bytes") != image.size:
             raise ValueError(f"{image.size} bytes, {manifest.get('bytes')} expected")
-        elif manifest.get("sha256") != digest.hexdigest():
+        elif _DIGEST not in manifest:  # of before there were pieces
+            if manifest.get("sha256") != hashlib.sha256(image).hexdigest():
+                raise ValueError("sha256 differs")
+        elif manifest[_DIGEST] != digest:
             raise ValueError("sha256 differs")
         return parse(image, check_arrays=manifest is None), notes
     except ValueError as error:
@@ -264,25 +271,6 @@ def _read(path: "Path", mapped: bool = False) -> tuple[State, list[str]]:
         if manifest is None:  # then it may as well be a damaged number
             raise DataError(f"{path}: state.h5 is damaged, or of another program ({error}).") from None
         raise ConfigError(f"{path}: {error}.") from None
-
-
-def _read_image(path: "Path", digest: Any, mapped: bool = False) -> np.ndarray:
-    """Return the bytes of a file, each piece digested while it is in the cache; `mapped`: they stay in the file."""
-    try:
-        if mapped and os.path.getsize(path):
-            image = np.memmap(path, np.uint8, "r")
-            for start in range(0, image.size, _PIECE_BYTES):
-                digest.update(image[start:start + _PIECE_BYTES])
-            return image
-        with open(path, "rb", buffering=0) as file:
-            image = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-            view, at = memoryview(image), 0
-            while at < len(view) and (got := file.readinto(view[at:at + _PIECE_BYTES])):
-                digest.update(view[at:at + got])
-                at += got
-            return image[:at]
-    except OSError as error:
-        raise InputMissing(f"{path}: cannot read this file ({error.strerror}).") from None
 
 
 def newest_good(run_dir: str | os.PathLike, accept: Callable[[State], str | None] | None = None,

@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, damage is always seen, and a save never harms an older one."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hpcmlp.data import files
 from hpcmlp.errors import CannotWrite, ConfigError, DataError, InputMissing
 from hpcmlp.run import checkpoint, state_file
+from hpcmlp.run.sealed import seal
 from hpcmlp.run.state_file import State, Streamed
 
 FORMAT_1 = Path(__file__).parent / "format-1"
@@ -234,6 +236,19 @@ def test_what_comes_array_by_array_makes_the_bytes_of_any_other_state(tmp_path):
     assert (one / "manifest.json").read_bytes() == (other / "manifest.json").read_bytes()
     assert taken == 2 * list(state(4).arrays)
     assert_equal(checkpoint.newest_good(tmp_path / "a")[0], state(4))
+
+
+def test_a_manifest_of_before_there_were_pieces_is_compared_as_well(tmp_path):
+    path = checkpoint.save(tmp_path, 4, state(4))
+    image = (path / "state.h5").read_bytes()
+    manifest = {"format_version": 2, "step": 4, "bytes": len(image), "sha256": hashlib.sha256(image).hexdigest()}
+    (path / "manifest.json").write_bytes(seal(manifest))
+    assert_equal(checkpoint.read(path), state(4))
+    changed = bytearray(image)
+    changed[len(image) // 2] ^= 1
+    (path / "state.h5").write_bytes(changed)
+    with pytest.raises(DataError, match="sha256 differs"):
+        checkpoint.read(path)
 
 
 def test_a_mapped_state_is_the_same_and_as_well_looked_at(tmp_path):
