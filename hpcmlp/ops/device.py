@@ -8,6 +8,7 @@ import numpy as np
 
 from hpcmlp.errors import Unavailable
 from hpcmlp.ops.plain import PlainOps
+from hpcmlp.ops.staging import Late, Staged
 
 
 class DeviceOps(PlainOps):
@@ -34,6 +35,9 @@ class DeviceOps(PlainOps):
             out.set(a)
         else:
             out[...] = a
+
+    def stage(self, a, host=None):
+        return Staged(self.xp, a, host) if hasattr(self.xp, "cuda") else Late(a, host)
 
     def bring(self, a):
         return None if a is None else self.xp.asarray(a)

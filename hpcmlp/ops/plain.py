@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hpcmlp.ops import activations, counter, losses
+from hpcmlp.ops.staging import InPlace
 
 Array = Any  # an array of the module in use: numpy.ndarray or cupy.ndarray
 
@@ -55,6 +56,13 @@ class PlainOps:
         Local.
         """
         out[...] = a
+
+    def stage(self, a: Array, host: np.ndarray | None = None) -> Any:
+        """Return the way of ranges of the flat vector `a` to the host and back (`ops.staging`).
+
+        Local. `host`, of the same size, is what they are copied into where `a` is on a device; None: it is made.
+        """
+        return InPlace(a)
 
     def bring(self, a: np.ndarray | None) -> Array | None:
         """Return the NumPy array `a` as an array of this side: itself on the host, a copy on a device; None stays None.

@@ -16,6 +16,7 @@ from hpcmlp import traffic
 from hpcmlp.nn.network import Network
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import activations, losses
+from hpcmlp.ops.staging import InPlace
 from hpcmlp.plan.workload import Workload
 from hpcmlp.sync import Plan, make_strategy, plan
 from hpcmlp.sync.buckets import Bucket, part_bounds
@@ -115,6 +116,9 @@ class RecordingOps:
         """Nothing has a value here."""
 
     to_host = from_host
+
+    def stage(self, a: Any, host: Any = None) -> InPlace:
+        return InPlace(a)
 
     def _note(self, name: str, array: Any) -> None:
         if array.size:

@@ -15,8 +15,8 @@ from hpcmlp.nn.network import NetworkSpec
 from hpcmlp.nn.optimizers import HYPER
 from hpcmlp.nn.planned import PlannedNetwork
 from hpcmlp.ops import open_planned
-from hpcmlp.sync import BUCKET_MB, make_strategy
-from hpcmlp.sync.buckets import cut
+from hpcmlp.sync import STAGED_MB, make_strategy
+from hpcmlp.sync.buckets import cut_evenly
 from hpcmlp.sync.device_step import AloneStep, StagedStep
 from hpcmlp.sync.planned import DeviceSamples, PlannedSteps
 
@@ -35,9 +35,10 @@ def time_planned_step(config: Any, topology: Any, ops: Any) -> dict[str, Any]:
     spec, device = NetworkSpec(tuple(config.sizes)), open_planned(ops)
     layout = spec.layout(PaddedLayout)
     exchange = open_exchange(config.sync, topology, layout.size, np.float32, overlap=False)
-    buckets = cut(layout.size, layout.starts[::2], int((config.bucket_mb or BUCKET_MB) * 2**20) // 4, size)
+    buckets = cut_evenly(layout.size, config.bucket_mb or STAGED_MB, size)
     params, grads = device.zeros(layout.size, np.float32), device.zeros(layout.size, np.float32)
-    strategy = make_strategy(False)(exchange.collective, buckets, size, params, grads, ops)
+    strategy = make_strategy(False)(exchange.collective, buckets, size, params, grads, ops,
+                                    (exchange.params, exchange.grads))
     network = PlannedNetwork(spec, Loss("softmax_cross_entropy"), device, -(-batch // size), config.optimizer,
                              HYPER[config.optimizer], precision=config.precision, ranges=strategy.ranges,
                              params=params, grads=grads)

@@ -13,8 +13,8 @@ from hpcmlp.nn.optimizers import HYPER
 from hpcmlp.nn.planned import RULES, PlannedNetwork
 from hpcmlp.ops import open_planned
 from hpcmlp.run.session import Session
-from hpcmlp.sync import BUCKET_MB, Plan, make_strategy
-from hpcmlp.sync.buckets import cut
+from hpcmlp.sync import STAGED_MB, Plan, make_strategy
+from hpcmlp.sync.buckets import cut, cut_evenly
 from hpcmlp.sync.device_step import AloneStep, StagedStep, TogetherStep
 from hpcmlp.sync.planned import DeviceSamples, FedSamples, PlannedSteps
 
@@ -61,17 +61,16 @@ def plan_on_device(parts: Any) -> OnDevice:
     layout.size = pad(layout.size, PaddedLayout.WIDTH * topology.size)     # equal parts
     parts.exchange = open_exchange("ring" if path == "nccl" else parts.sync_name(), topology, layout.size, np.float32,
                                    own_params=c.full_update, overlap=False)
-    bucket_mb = c.bucket_mb or BUCKET_MB
-    starts = [t.start for t in layout.tensors if t.name.endswith(".weight")]
-    elements = max(1, int(bucket_mb * 2**20) // 4)
+    bucket_mb = c.bucket_mb or STAGED_MB
     buckets = cut(layout.size, [0], 1, topology.size) if path == "nccl" else \
-        cut(layout.size, starts, elements, topology.size)
+        cut_evenly(layout.size, bucket_mb, topology.size)
     parts.plan = Plan(buckets, None, False, bucket_mb)
     with agreed(parts.comm):
         target_width = 0 if m.task == "classification" else m.num_outputs
         params, grads = device.zeros(layout.size, np.float32), device.zeros(layout.size, np.float32)
         parts.strategy = make_strategy(c.full_update)(parts.exchange.collective, parts.plan.buckets, topology.size,
-                                                      params, grads, parts.ops)
+                                                      params, grads, parts.ops,
+                                                      (parts.exchange.params, parts.exchange.grads))
         # Of a batch's rows the ranks' shares differ by one at most.
         parts.network = network = PlannedNetwork(
             parts.spec, parts.loss, device, parts.loader.local_rows_max, c.optimizer, HYPER[c.optimizer] | parts.hyper,

@@ -151,7 +151,10 @@ class Parts:
 
         def strategy(whole: bool, params: Any) -> Any:
             make = make_strategy(whole, self.exchange.collective.narrow, self.plan.overlap)
-            return make(self.exchange.collective, self.plan.buckets, topology.size, params, self.network.grads, ops)
+            # Copies of two vectors of parameters must not meet in one place.
+            host = (None, None) if self.local else (self.exchange.params, self.exchange.grads)
+            return make(self.exchange.collective, self.plan.buckets, topology.size, params, self.network.grads, ops,
+                        host)
 
         self.strategy = strategy(c.full_update or self.local, self.network.params)
         optimizer = make_optimizer(c.optimizer, ops, layout, self.strategy.ranges, np.float32, **self.hyper)

@@ -9,6 +9,7 @@ from hpcmlp.sync.buckets import Bucket, cut
 from hpcmlp.sync.strategy import SlicedUpdate, WholeUpdate
 
 BUCKET_MB = 32.0    # where nothing overlaps: most networks are one message
+STAGED_MB = 8.0     # where buckets are copied between a device and the host beside each other's messages
 
 
 def make_strategy(whole: bool, narrow: bool = False, overlap: bool = False) -> Callable[..., SlicedUpdate]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 ALIGN = 16
+PACK = 128
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ def cut(size_total: int, starts: list[int], bucket_elements: int, size: int, fir
                 buckets.append(Bucket(start, stop, part_bounds(stop - start, size)))
             stop = start
     return buckets
+
+
+def cut_evenly(size_total: int, bucket_mb: float, size: int) -> list[Bucket]:
+    """Cut a flat float32 vector into buckets of `bucket_mb` MiB, last elements first, wherever layers begin.
+
+    Local. For gradients that are all final before the first bucket is sent; for devices a bucket has whole packs of
+    `PACK` elements.
+    """
+    elements = max(PACK, int(bucket_mb * 2**20) // 4 // PACK * PACK)
+    return cut(size_total, list(range(0, size_total, elements)), elements, size)
 
 
 def owned_ranges(buckets: list[Bucket], part: int) -> list[tuple[int, int]]:

@@ -24,8 +24,9 @@ class NarrowUpdate(SlicedUpdate):
     Parameters are those of `SlicedUpdate`; `params` holds the first parameters, alike on all ranks.
     """
 
-    def __init__(self, collective: Any, buckets: list[Bucket], size: int, params: Any, grads: Any, ops: Any):
-        super().__init__(collective, buckets, size, params, grads, ops)
+    def __init__(self, collective: Any, buckets: list[Bucket], size: int, params: Any, grads: Any, ops: Any,
+                 host: tuple[np.ndarray | None, np.ndarray | None] = (None, None)):
+        super().__init__(collective, buckets, size, params, grads, ops, host)
         self._places = self._find_places()
         self._masters = np.empty(sum(stop - start for start, stop in self.ranges), self._host_params.dtype)
         self._between = np.empty(min(BLOCK, self._masters.size), self._masters.dtype)
@@ -51,8 +52,8 @@ class NarrowUpdate(SlicedUpdate):
         """
         for flat, own in self._places:
             self._exchange(self._host_params[flat], self._masters[own])
-            if self._staged:
-                self.ops.from_host(self._host_params[flat], self.params[flat])
+            self._params.put(flat.start, flat.stop)
+        self._params.settle()
         super().update(optimizer, lr, step, grad_scale)
 
     def _exchange(self, one: np.ndarray, other: np.ndarray) -> None:
@@ -83,8 +84,7 @@ class NarrowUpdate(SlicedUpdate):
 
     def take_up(self, carried: dict[str, np.ndarray]) -> None:
         """Go on from `carried`; without a "master" in it the parameters are the masters. Local."""
-        if self._staged:
-            self.ops.to_host(self.params, self._host_params)
+        self._params.fetch(0, self._host_params.size)()
         flat = carried.get("master", self._host_params)
         for place, own in self._places:
             self._masters[own] = flat[place]    # while an update is under way: the replica of these elements

@@ -85,8 +85,9 @@ class Overlapped(SlicedUpdate):
 
     overlaps = True
 
-    def __init__(self, collective: Any, buckets: list[Bucket], size: int, params: Any, grads: Any, ops: Any):
-        super().__init__(collective, buckets, size, params, grads, ops)
+    def __init__(self, collective: Any, buckets: list[Bucket], size: int, params: Any, grads: Any, ops: Any,
+                 host: tuple[np.ndarray | None, np.ndarray | None] = (None, None)):
+        super().__init__(collective, buckets, size, params, grads, ops, host)
         self.progress = Progress(collective)
         self._reductions: list[Any] = []
         self._gathers: deque[tuple[int, Bucket, Any]] = deque()
@@ -102,8 +103,7 @@ class Overlapped(SlicedUpdate):
         while len(self._reductions) < len(self.buckets) and self.buckets[len(self._reductions)].start >= start:
             bucket = self.buckets[len(self._reductions)]
             part = self._host_grads[bucket.start:bucket.stop]
-            if self._staged:
-                self.ops.to_host(self.grads[bucket.start:bucket.stop], part)
+            self._grads.fetch(bucket.start, bucket.stop)()
             last = len(self._reductions) + 1 == len(self.buckets)
             with self.progress.lock:
                 self._reductions.append(self.collective.start_reduce_scatter(part, bucket.bounds,
@@ -119,17 +119,19 @@ class Overlapped(SlicedUpdate):
         """
         self.close(0, words)    # counts its own time
         began = perf_counter()
-        for operation in self._reductions:
+        for bucket, operation in zip(self.buckets, self._reductions, strict=True):
             self._wait(operation)
+            self._grads.put(*self._own(bucket))
         self._reductions.clear()
-        self._take_sums()
+        self._grads.settle()
         self._exposed_s += perf_counter() - began
 
     def share(self) -> None:
         """Start to give every rank the updated parameters of all owners, first layers first. Collective."""
         began = perf_counter()
-        self._offer()
+        arrivals = [self._params.fetch(*self._own(bucket)) for bucket in self.buckets]
         for k in reversed(range(len(self.buckets))):
+            arrivals[k]()
             with self.progress.lock:
                 self._gathers.append((k, self.buckets[k], self._start_share(k, self.buckets[k])))
                 self.progress.watch()
@@ -141,7 +143,8 @@ class Overlapped(SlicedUpdate):
         while self._gathers and self._gathers[0][1].start < stop:
             _, bucket, operation = self._gathers.popleft()
             self._wait(operation)
-            self._take(bucket.start, bucket.stop)
+            self._params.put(bucket.start, bucket.stop)
+            self._params.settle()
         if self._gathers:
             self.progress.advance()
         self._exposed_s += perf_counter() - began

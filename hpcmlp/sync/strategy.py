@@ -18,11 +18,6 @@ import numpy as np
 from hpcmlp.sync.buckets import Bucket, owned_ranges
 
 
-def on_host(array: Any) -> bool:
-    """Return whether messages can be sent from `array` itself. Local."""
-    return isinstance(array, np.ndarray)
-
-
 class SlicedUpdate:
     """Reduce-scatter of the gradient, update of this rank's slice, all-gather of the parameters.
 
@@ -32,7 +27,9 @@ class SlicedUpdate:
     buckets : as `buckets.cut` returns them.
     size : the number of ranks.
     params, grads : flat vectors of one dtype, on the device or on the host (there `params` may be common to a node).
-    ops : the arithmetic; when its arrays are on a device, messages are staged through host copies.
+    ops : the arithmetic; when its arrays are on a device, messages are staged through host copies: a bucket is copied
+        while the one before it is on its way between the ranks.
+    host : vectors on the host, as the collective likes them, for the copies of params and grads; None: made here.
 
     Attributes
     ----------
@@ -41,19 +38,24 @@ class SlicedUpdate:
 
     overlaps = False
 
-    def __init__(self, collective: Any, buckets: list[Bucket], size: int, params: Any, grads: Any, ops: Any):
+    def __init__(self, collective: Any, buckets: list[Bucket], size: int, params: Any, grads: Any, ops: Any,
+                 host: tuple[np.ndarray | None, np.ndarray | None] = (None, None)):
         self.collective, self.buckets, self.size = collective, buckets, size
         self.params, self.grads, self.ops = params, grads, ops
         self.ranges = self._ranges()
-        self._staged = not on_host(params)
-        self._host_params = np.zeros(params.shape, params.dtype) if self._staged else params
-        self._host_grads = np.zeros(grads.shape, grads.dtype) if self._staged else grads
+        self._params, self._grads = ops.stage(params, host[0]), ops.stage(grads, host[1])
+        self._host_params, self._host_grads = self._params.host, self._grads.host
         # The collectives prepare their messages per array: kept arrays make that a cost of the first call only.
         self._square = np.zeros(1, dtype=np.float64)
         self._gathered: np.ndarray | None = None
 
     def _ranges(self) -> list[tuple[int, int]]:
         return owned_ranges(self.buckets, self.collective.part)
+
+    def _own(self, bucket: Bucket) -> tuple[int, int]:
+        """The range of a bucket that this rank updates."""
+        first, stop = bucket.bounds[self.collective.part:][:2]
+        return bucket.start + int(first), bucket.start + int(stop)
 
     def go_on(self, collective: Any, buckets: list[Bucket], size: int) -> None:
         """Use another collective among other ranks; this rank's ranges must be the ones it had. Local."""
@@ -65,18 +67,13 @@ class SlicedUpdate:
 
         Collective. Afterwards `grads` holds the sum in this rank's ranges (elsewhere anything), `words` the sums.
         """
-        if self._staged:
-            self.ops.to_host(self.grads, self._host_grads)
+        arrivals = [self._grads.fetch(bucket.start, bucket.stop) for bucket in self.buckets]
         last = len(self.buckets) - 1
         for k, bucket in enumerate(self.buckets):
-            part = self._host_grads[bucket.start:bucket.stop]
-            self._reduce_bucket(part, bucket, words if k == last else None)
-        self._take_sums()
-
-    def _take_sums(self) -> None:
-        if self._staged:
-            for start, stop in self.ranges:
-                self.ops.from_host(self._host_grads[start:stop], self.grads[start:stop])
+            arrivals[k]()
+            self._reduce_bucket(self._host_grads[bucket.start:bucket.stop], bucket, words if k == last else None)
+            self._grads.put(*self._own(bucket))
+        self._grads.settle()
 
     def _reduce_bucket(self, part: np.ndarray, bucket: Bucket, words: np.ndarray | None) -> None:
         self.collective.reduce_scatter(part, bucket.bounds, words)
@@ -98,19 +95,15 @@ class SlicedUpdate:
 
     def share(self) -> None:
         """Give every rank the updated parameters of all owners. Collective."""
-        self._offer()
+        arrivals = [self._params.fetch(*self._own(bucket)) for bucket in self.buckets]
         for k, bucket in enumerate(self.buckets):
+            arrivals[k]()
             self._share_bucket(k, bucket)
-        self._take(0, self._host_params.size)
+            self._params.put(bucket.start, bucket.stop)
+        self._params.settle()
 
     def finish(self) -> None:
         """Return when nothing is under way any more: here, always. Collective where a strategy overlaps."""
-
-    def _offer(self) -> None:
-        """Put what this rank gives to the others where messages can be sent from."""
-        if self._staged:
-            for start, stop in self.ranges:
-                self.ops.to_host(self.params[start:stop], self._host_params[start:stop])
 
     def _share_bucket(self, k: int, bucket: Bucket) -> None:
         self.collective.all_gather(self._host_params[bucket.start:bucket.stop], bucket.bounds)
@@ -118,11 +111,6 @@ class SlicedUpdate:
     def _start_share(self, k: int, bucket: Bucket) -> Any:
         """As `_share_bucket`, but return at once what is to be waited for."""
         return self.collective.start_all_gather(self._host_params[bucket.start:bucket.stop], bucket.bounds)
-
-    def _take(self, start: int, stop: int) -> None:
-        """Bring the parameters that have come to where the arithmetic is."""
-        if self._staged:
-            self.ops.from_host(self._host_params[start:stop], self.params[start:stop])
 
     def _gather(self, flat: np.ndarray) -> None:
         for bucket in self.buckets:
@@ -168,7 +156,7 @@ class SlicedUpdate:
         """
         flat = self._host_grads
         part = owned
-        if not on_host(owned):
+        if not isinstance(owned, np.ndarray):
             part = np.empty(owned.shape, flat.dtype)
             self.ops.to_host(owned, part)
         at = 0
@@ -193,6 +181,9 @@ class WholeUpdate(SlicedUpdate):
 
     def _ranges(self) -> list[tuple[int, int]]:
         return [(0, self.params.shape[0])]
+
+    def _own(self, bucket: Bucket) -> tuple[int, int]:
+        return bucket.start, bucket.stop
 
     def _reduce_bucket(self, part: np.ndarray, bucket: Bucket, words: np.ndarray | None) -> None:
         self.collective.reduce_scatter(part, bucket.bounds, words)

@@ -44,7 +44,7 @@ def spy(name):
 
 
 OPERATIONS = [name for name in vars(RecordingOps) if not name.startswith("_") and callable(getattr(HostOps, name, None))
-              and name not in ("empty", "zeros", "bring", "to_host", "from_host")]
+              and name not in ("empty", "zeros", "bring", "to_host", "from_host", "stage")]
 for operation in OPERATIONS:
     setattr(SpyingOps, operation, spy(operation))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hpcmlp.sync.buckets import ALIGN, cut, owned_ranges, part_bounds
+from hpcmlp.sync.buckets import ALIGN, PACK, cut, cut_evenly, owned_ranges, part_bounds
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
@@ -40,3 +40,15 @@ def test_buckets_of_the_first_layer_are_small_unless_one_holds_it_all():
     assert [b.start for b in cut(1600, starts, 400, 2, 400, 100)] == [1200, 800, 400, 300, 200, 100, 0]
     assert [b.start for b in cut(1600, starts, 500, 2, 400, 150)] == [800, 300, 100, 0]
     assert [b.start for b in cut(1600, starts, 2000, 2, 400, 100)] == [0]
+
+
+@pytest.mark.parametrize("size_total", (0, 16, 128, 1000, 4096, 10000))
+@pytest.mark.parametrize("size", (1, 2, 3))
+@pytest.mark.parametrize("bucket_mb", (1e-9, 0.001, 8.0))
+def test_even_buckets_cover_the_vector_once_whatever_the_layers(size_total, size, bucket_mb):
+    buckets = cut_evenly(size_total, bucket_mb, size)
+    covered = [k for bucket in reversed(buckets) for k in range(bucket.start, bucket.stop)]
+    assert covered == list(range(size_total))
+    elements = max(PACK, int(bucket_mb * 2**20) // 4 // PACK * PACK)
+    assert all(bucket.start % PACK == 0 and bucket.stop - bucket.start < 2 * elements for bucket in buckets)
+    assert len(buckets) == (max(1, size_total // elements) if size_total else 0)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hpcmlp.comm import make_collective, make_ring
+from hpcmlp.comm import make_collective, make_ring, open_exchange
 from hpcmlp.comm.shared import Shared
 from hpcmlp.comm.topology import Topology
 from hpcmlp.nn.initializers import initialize
@@ -12,8 +12,9 @@ from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import RULES, Average, make_optimizer
 from hpcmlp.ops.device import DeviceOps
 from hpcmlp.ops.host import HostOps
+from hpcmlp.ops.staging import Late
 from hpcmlp.sync import make_strategy
-from hpcmlp.sync.buckets import cut
+from hpcmlp.sync.buckets import cut, cut_evenly
 from hpcmlp.sync.narrow import NarrowUpdate
 from hpcmlp.sync.step import Step
 
@@ -257,7 +258,7 @@ def test_ranks_without_samples_take_part(comm):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("whole, wire", [(False, "float32"), (True, "float32"), (False, "float16")])
-def test_the_device_side_takes_the_same_steps(comm, whole, wire, monkeypatch):
+def test_the_device_side_takes_the_same_steps(comm, whole, wire):
     """DeviceOps over a NumPy array type of its own: staged messages, rows picked on the host, targets brought over."""
     class DeviceArray(np.ndarray):
         """Stands in for a CuPy array."""
@@ -277,7 +278,6 @@ def test_the_device_side_takes_the_same_steps(comm, whole, wire, monkeypatch):
     network = Network(SPEC, ops, ROWS)
     ops.from_host(initialize(SPEC, 3, "auto", np.float32), network.params)
     buckets = cut(layout.size, SPEC.layer_starts(), 300, comm.size)
-    monkeypatch.setattr("hpcmlp.sync.strategy.on_host", lambda array: not isinstance(array, DeviceArray))
     strategy = make_strategy(whole, ring.narrow)(ring, buckets, comm.size, network.params, network.grads, ops)
     rule = make_optimizer("adamw", ops, layout, strategy.ranges, np.float32)
     step = Step(network, Loss("softmax_cross_entropy"), rule, strategy, ops, rows=ROWS)
@@ -288,3 +288,33 @@ def test_the_device_side_takes_the_same_steps(comm, whole, wire, monkeypatch):
         assert result.replicas_agree
     slack = {"rtol": 2e-4, "atol": 2e-5} if wire == "float32" else {"rtol": 1e-2, "atol": 1e-3}
     np.testing.assert_allclose(np.asarray(network.params), alone.network.params, **slack)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("name", ("ring", "shared"))
+@pytest.mark.parametrize("missing", (None, "arrival", "settle"))
+def test_buckets_are_staged_beside_each_other_and_a_wait_that_is_missing_shows(comm, name, missing, monkeypatch):
+    """`staging.Late` copies as late as it may; the sums and the parameters are those of plain sums, or not numbers."""
+    if missing == "settle":
+        monkeypatch.setattr(Late, "settle", lambda stage: None)
+    if missing == "arrival":
+        fetch = Late.fetch
+        monkeypatch.setattr(Late, "fetch", lambda stage, *piece: fetch(stage, *piece) and int)
+    size, length = comm.size, 1000
+    exchange = open_exchange(name, Topology(comm), length, np.float32)
+    params, grads = np.zeros(length, np.float32), np.arange(length, dtype=np.float32) * (comm.rank + 1)
+    buckets = cut_evenly(length, 128 * 4 / 2**20, size)
+    assert len(buckets) == 7
+    strategy = make_strategy(False)(exchange.collective, buckets, size, params, grads, DeviceOps(np),
+                                    (exchange.params, exchange.grads))
+    with np.errstate(invalid="ignore"):
+        strategy.reduce(np.zeros(4))
+    wanted = np.arange(length) * sum(range(1, size + 1))
+    good = all(np.array_equal(grads[start:stop], wanted[start:stop]) for start, stop in strategy.ranges)
+    for start, stop in strategy.ranges:
+        params[start:stop] = -wanted[start:stop]
+    strategy.share()
+    assert (good and np.array_equal(params, -wanted)) == (missing is None)
+    # The collective works on its own memory, not on a copy of somebody else's.
+    assert strategy._host_grads is exchange.grads and strategy._host_params is exchange.params
+    exchange.collective.free()
