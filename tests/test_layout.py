@@ -28,9 +28,9 @@ INSIDE = {
             "storage tasks server",
     "plan": "plan workload record machine profiles demand events scaling outlook compare text picture job fit",
     "run": "run memory faults signals signs lateness beacon watchdog sealed pieces state_file writer checkpoint "
-           "directory coordinator options session slices numbers checkup gpus on_device parts waiting account forecast "
-           "roc evaluation together judge record elastic curves trace timeline io_rates device_rates facts speeds "
-           "calibrate",
+           "directory coordinator options session slices numbers checkup gpus child device_messages on_device parts "
+           "waiting account forecast roc evaluation together judge record elastic curves trace timeline io_rates "
+           "device_rates facts speeds calibrate",
     "programs": "programs prepare train evaluate predict inspect report plan bench doctor launch",
 }
 # config stands beside the row: it imports errors only, and programs and cli alone import it.

@@ -3,44 +3,28 @@
 Plain values only, so that facts travel between ranks as text. Nothing here judges; `run.checkup` does.
 """
 
-import ctypes
 import fcntl
 import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from typing import Any
 
 from hpcmlp import launch, node_memory
+from hpcmlp.run.child import last_line, run_child
 from hpcmlp.run.coordinator import versions
+from hpcmlp.run.device_messages import claims, mapped_mpi, why_false
 
-MPI_LIBRARY = re.compile(r"/libmpi(?:_abi|ch)?\.so[.\d]*$")
 MPI_WORDS = ("mpi", "mpt", "hpcx")      # in names of modules: openmpi, mpich, cray-mpich, impi, mvapich2, intelmpi
 MPI_ROOTS = ("MPI_HOME", "I_MPI_ROOT", "MPICH_DIR", "OMPI_HOME", "MPI_ROOT", "EBROOTOPENMPI", "OPENMPI_ROOT")
-# Settings that ask an MPI library for messages straight from GPU memory.
-DEVICE_MESSAGE_SETTINGS = {"MPICH_GPU_SUPPORT_ENABLED": "1", "MV2_USE_CUDA": "1", "I_MPI_OFFLOAD": "1",
-                           "MPIR_CVAR_ENABLE_GPU": "1", "OMPI_MCA_opal_cuda_support": "1"}
-LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_")
-PROBE_S = 60
-
-# Run in children, because a claim that is false ends in a crash.
+# Run in a child: a driver that is broken may end it.
 GPU_PROBE = """
 import json
 import cupy
 from hpcmlp.ops.device import identities
 print(json.dumps(identities(cupy.cuda.runtime)))
-"""
-DEVICE_MESSAGE_PROBE = """
-import cupy
-from mpi4py import MPI
-a, b = cupy.arange(4096, dtype="f4"), cupy.zeros(4096, dtype="f4")
-cupy.cuda.runtime.deviceSynchronize()
-MPI.COMM_SELF.Sendrecv(a, 0, 0, b, 0, 0)
-cupy.cuda.runtime.deviceSynchronize()
-assert a.get().tobytes() == b.get().tobytes(), "other numbers arrive"
 """
 
 
@@ -65,16 +49,6 @@ def local_facts(directory: str) -> dict[str, Any]:
 def _number(text: str | None) -> int | None:
     first = (text or "").split(",")[0].strip()
     return int(first) if first.isdigit() else None
-
-
-def mapped_mpi() -> list[str]:
-    """Return the files of the MPI libraries that this process has loaded. Local."""
-    try:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-            paths = {line.split(maxsplit=5)[5].strip() for line in file if ".so" in line and line.count(" ") > 5}
-    except OSError:
-        return []
-    return sorted({os.path.realpath(path) for path in paths if MPI_LIBRARY.search(path)})
 
 
 def mpi_modules(environ: dict[str, str]) -> list[str]:
@@ -117,29 +91,8 @@ def gpu_facts() -> dict[str, Any]:
 
 def device_message_facts(can_probe: bool) -> dict[str, Any]:
     """Return who claims that MPI sends from GPU memory, and what a child process found when it tried. Local."""
-    claims = [f"{name}={value}" for name, value in DEVICE_MESSAGE_SETTINGS.items() if os.environ.get(name) == value]
-    for path in mapped_mpi():
-        query = getattr(ctypes.CDLL(path), "MPIX_Query_cuda_support", None)
-        if query is not None and query() == 1:
-            claims.append("MPIX_Query_cuda_support")
-    facts: dict[str, Any] = {"device_claims": claims, "device_probe": None}
-    if claims and can_probe:
-        code, said = run_child(DEVICE_MESSAGE_PROBE)
-        facts["device_probe"] = "" if code == 0 else f"it ends with {code}: {last_line(said)}"
+    said = claims(mapped_mpi())
+    facts: dict[str, Any] = {"device_claims": said, "device_probe": None}
+    if said and can_probe:
+        facts["device_probe"] = why_false()
     return facts
-
-
-def run_child(code: str) -> tuple[int, str]:
-    """Run Python code in a process without this one's launcher; return its exit code and output. Local."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
-    try:
-        done = subprocess.run([sys.executable, "-c", code], env=environ, stdin=subprocess.DEVNULL, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PROBE_S, errors="replace")
-    except subprocess.TimeoutExpired:
-        return 124, f"no answer in {PROBE_S} s"
-    return done.returncode, done.stdout
-
-
-def last_line(text: str) -> str:
-    """Return the last line that says something. Local."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no word")

@@ -92,11 +92,18 @@ def plan_on_device(parts: Any) -> OnDevice:
         parts.exchange.name = "nccl"
     else:
         parts.step, text = StagedStep(steps, parts.strategy, parts.ops, c.clip_norm), \
-            f"gradients through host memory ({why})"
+            f"gradients through host memory ({why}{_not_used()})"
     text = f"samples {'sent batch by batch' if steps.fed else 'on the device'}, {text}"
     average = None if network.averaged is None else SimpleNamespace(array=network.averaged)
     parts.session = Session(parts.comm, network, parts.strategy, SimpleNamespace(state=network.state), average)
     return OnDevice(device, steps, text)
+
+
+def _not_used() -> str:
+    """Who claims that messages could go straight from GPU memory: see `run.device_messages` for why they do not."""
+    from hpcmlp.run.device_messages import claims, mapped_mpi
+    said = claims(mapped_mpi())
+    return f"; not straight from GPU memory, though {', '.join(said)} claims that MPI can" if said else ""
 
 
 def _samples(parts: Any, device: Any, target_width: int) -> DeviceSamples | FedSamples:

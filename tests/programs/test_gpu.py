@@ -159,9 +159,10 @@ def test_bench_step_times_planned_steps(hpcmlp, ranks):
 
 def test_ranks_that_share_a_gpu_are_named_with_the_cure(flowers, hpcmlp, tmp_path):
     shared = EMULATED["HPCMLP_GPU"] + ":the only one"
-    done = train(hpcmlp, flowers, tmp_path / "run", "--device", "gpu", ranks=2, HPCMLP_GPU=shared)
+    done = train(hpcmlp, flowers, tmp_path / "run", "--device", "gpu", ranks=2, HPCMLP_GPU=shared, MV2_USE_CUDA="1")
     assert done.returncode == 0, done.stderr
     assert "ranks 0-1 (" in done.stdout and "share a GPU; faster is one rank per GPU" in done.stdout
+    assert "not straight from GPU memory, though MV2_USE_CUDA=1 claims that MPI can" in done.stdout
     judged = hpcmlp("evaluate", tmp_path / "run", "--json", "--device", "gpu", ranks=2, env={"HPCMLP_GPU": shared})
     assert "share a GPU" in judged.stderr and json.loads(judged.stdout)["rows"]
     refused = train(hpcmlp, flowers, tmp_path / "nccl", "--device", "gpu", "--sync", "nccl", ranks=2, HPCMLP_GPU=shared)
