@@ -46,6 +46,7 @@ class Nccl:
         nccl = importlib.import_module("cupy.cuda.nccl")
         self._comm, self._stream, self._part, self._rank = comm, stream, part, comm.rank
         self._float32, self._float64, self._sum = nccl.NCCL_FLOAT32, nccl.NCCL_FLOAT64, nccl.NCCL_SUM
+        self._byte = nccl.NCCL_INT8
         unique = nccl.get_unique_id() if comm.rank == 0 else None
         # A tuple of signed characters before CuPy 14, bytes since.
         data = None if unique is None else bytes(c & 0xFF for c in unique)
@@ -67,9 +68,9 @@ class Nccl:
         self._nccl.allReduce(array.data.ptr, array.data.ptr, array.size, self._float64, self._sum, self._stream.ptr)
 
     def gather_parts(self, array: Any) -> None:
-        """Give every rank all parts of float32 `array`. Collective."""
-        begin = array.data.ptr
-        self._nccl.allGather(begin + 4 * self._rank * self._part, begin, self._part, self._float32, self._stream.ptr)
+        """Give every rank all parts of `array`, of any type: bytes are moved. Collective."""
+        begin, count = array.data.ptr, array.itemsize * self._part
+        self._nccl.allGather(begin + self._rank * count, begin, count, self._byte, self._stream.ptr)
 
     def least(self, number: int) -> int:
         """Return the smallest of the ranks' numbers. Collective; by MPI."""

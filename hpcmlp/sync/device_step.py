@@ -75,7 +75,8 @@ class AloneStep:
 class TogetherStep(AloneStep):
     """The steps of several ranks whose GPUs speak with each other: hosts meet only where something is due.
 
-    Collective over `comm` where something is due, at the same steps on all ranks.
+    Collective over `comm` where something is due, at the same steps on all ranks. In bf16 ranks hold the exact
+    parameters of the others then; in between their bf16 copies, which is what they compute with.
     """
 
     def __init__(self, steps: PlannedSteps, due: Callable[[int], bool], comm: Any, ops: Any):
@@ -87,6 +88,7 @@ class TogetherStep(AloneStep):
         return self._count == self._room or self._due(step)     # a signal on one rank is not known to the others
 
     def _agree(self, result: StepResult, check: bool) -> None:
+        self.steps.complete()
         words = self.words
         words.clear()
         rows = result.rows
@@ -99,8 +101,9 @@ class TogetherStep(AloneStep):
         result.rows, result.stop, result.replicas_agree = words.rows, words.stop, words.replicas_agree
 
     def checksum(self) -> int:
-        """Return the checksum of the parameters. Local."""
-        return self._ops.checksum(self.network.params)
+        """Return the checksum of the parameters, and of the copy that steps read. Local."""
+        copy = self.network.copy
+        return self._ops.checksum(self.network.params) ^ (0 if copy is None else self._ops.checksum(copy))
 
 
 class StagedStep(Step):

@@ -151,10 +151,10 @@ class PlannedSteps:
         network, exchange, tables = self.network, self._exchange, (self._steps, self._results)
         gradient = [gather, *network.gradient(self._steps)]
         if exchange is not None:
-            words = network.words
-            return [*network.narrow_params(), *gradient, lambda: exchange.sum_parts(network.grads),
+            words, read = network.words, network.copy if network.narrow else network.params
+            return [*gradient, lambda: exchange.sum_parts(network.grads),
                     network.sums(*tables, closes=False, part=network.ranges[0]), lambda: exchange.sum(words),
-                    network.close(*tables), *network.update(), lambda: exchange.gather_parts(network.params)]
+                    network.close(*tables), *network.update(), lambda: exchange.gather_parts(read)]
         if alone:
             return [*gradient, network.sums(*tables), *network.update()]
         return [*network.narrow_params(), *gradient, network.sums(*tables, closes=False)]
@@ -220,6 +220,14 @@ class PlannedSteps:
         self.device.upload(control.view(np.uint8), self.network.control)
         self.device.run(self.network.update())
         self.device.synchronize()
+
+    def complete(self) -> None:
+        """Give every rank the parameters of all owners as they are, where steps gather only what products read: the
+        bf16 copy, half the bytes. Collective with an exchange; it waits.
+        """
+        if self._exchange is not None and self.network.narrow:
+            self._exchange.gather_parts(self.network.params)
+            self.device.synchronize()
 
     def results(self) -> np.ndarray:
         """Wait for the queued steps and return those records not returned before, of `ops.launches.RESULT`. Local."""

@@ -59,15 +59,18 @@ def test_calls_are_given_addresses_counts_and_the_stream(monkeypatch, kind):
         def __getattr__(self, name):
             return lambda *arguments: calls.append((name, *arguments))
 
-    library = types.SimpleNamespace(NCCL_FLOAT32=7, NCCL_FLOAT64=8, NCCL_SUM=0, get_unique_id=lambda: unique,
-                                    NcclCommunicator=Communicator)
+    library = types.SimpleNamespace(NCCL_INT8=0, NCCL_FLOAT32=7, NCCL_FLOAT64=8, NCCL_SUM=0,
+                                    get_unique_id=lambda: unique, NcclCommunicator=Communicator)
     monkeypatch.setattr(nccl.importlib, "import_module", lambda name: library)
     exchange = Nccl(COMM, types.SimpleNamespace(ptr=99), 32)
     assert made == [(COMM.size, unique, COMM.rank)]
-    array = types.SimpleNamespace(data=types.SimpleNamespace(ptr=4096), size=4)
+    array = types.SimpleNamespace(data=types.SimpleNamespace(ptr=4096), size=4, itemsize=4)
+    narrow = types.SimpleNamespace(data=types.SimpleNamespace(ptr=8192), size=4, itemsize=2)
     own = 4096 + 4 * 32 * COMM.rank
     exchange.sum_parts(array)
     exchange.sum(array)
     exchange.gather_parts(array)
+    exchange.gather_parts(narrow)
     assert calls == [("reduceScatter", 4096, own, 32, 7, 0, 99), ("allReduce", 4096, 4096, 4, 8, 0, 99),
-                     ("allGather", own, 4096, 32, 7, 99)]
+                     ("allGather", own, 4096, 128, 0, 99),
+                     ("allGather", 8192 + 64 * COMM.rank, 8192, 64, 0, 99)]
