@@ -6,8 +6,10 @@ started and wait for the link; what is waited for counts only as far as it has n
 P - 1 hops, each of one part of the array; through node memory a node's ranks sum first and every local rank takes its
 share between the nodes, all of them over the node's one link. A message that travels behind computing is looked after
 every INTERVAL_S, so each of its hops waits half of that, and takes the computing time that moving its bytes costs.
+Ranks do not take equally long, and all wait for the last one: by how much is read from the machine's measured spread
+and grows with the logarithm of their number (`Machine.wait_s`).
 
-Not in the model: ranks that are late, other jobs on the network, contention in its switches.
+Not in the model: other jobs on the network, contention in its switches.
 """
 
 from dataclasses import dataclass, field
@@ -24,13 +26,14 @@ UPDATES = {"adam", "sgd", "momentum", "rmsprop", "ema"}
 
 @dataclass
 class StepTime:
-    """The seconds of a step, and of its parts: products, passes (everything else over the rows), update, comm, input.
+    """The seconds of a step, and of its parts.
 
+    `products`, `passes` (everything else over the rows), `update`, `comm`, `wait` (for late ranks), `input`, `fixed`.
     `hidden_s` are messages under way behind computing. `comm` is what the computing thread waits for or works on.
     """
 
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(
-        ("products", "passes", "update", "comm", "input", "fixed"), 0.0))
+        ("products", "passes", "update", "comm", "wait", "input", "fixed"), 0.0))
     hidden_s: float = 0.0
 
     @property
@@ -39,10 +42,16 @@ class StepTime:
         return sum(self.parts.values())
 
     @property
+    def computing_s(self) -> float:
+        """Seconds in which the rank works on its own samples and parameters."""
+        return sum(self.parts[name] for name in ("products", "passes", "update", "fixed"))
+
+    @property
     def bound(self) -> str:
-        """What most of the step is spent on, in one word: compute, memory, network or input."""
+        """What most of the step is spent on: compute, memory, network, late ranks, input or fixed cost."""
         groups = {"compute": self.parts["products"], "memory": self.parts["passes"] + self.parts["update"],
-                  "network": self.parts["comm"], "input": self.parts["input"], "fixed cost": self.parts["fixed"]}
+                  "network": self.parts["comm"], "late ranks": self.parts["wait"],
+                  "input": self.parts["input"], "fixed cost": self.parts["fixed"]}
         return max(groups, key=lambda name: groups[name])
 
 
@@ -57,6 +66,9 @@ def step_time(workload: Workload, machine: Machine, recording: Recording | None 
     result = _Player(w, machine).play(recording)
     result.parts["fixed"] = machine.fixed_s(min(w.ranks, w.ranks_per_node))
     result.parts["input"] = machine.input_s + machine.row_s * w.local_rows
+    if not w.staleness:     # out of step nobody waits for the last one
+        together = w.local_steps if w.is_local else 1
+        result.parts["wait"] = machine.wait_s(together * result.computing_s, w.workers) / together
     if w.is_local:
         result.parts["comm"] += sum(transfer_s(w, machine, half) for half in meeting(w)) / w.local_steps
     return result

@@ -46,6 +46,8 @@ class Machine:
     net : between nodes: "reduce", "gather" and "together" likewise, "latency_s", "s_per_byte" of a node's link, and
         "cpu_s_per_byte", the computing time that a byte takes away. Empty where one node was measured.
     step_s : what a step costs beside what is in the tables, per busy count.
+    late_s : a table over seconds of computing: by how much the times of two ranks that do the same differ, in the mean.
+        Empty where one rank was measured.
     input_s, row_s : of fetching a batch, and of each of its rows.
     start_s : until the first step. read_s_per_byte, write_s_per_byte : of the file system.
     process_bytes, shared_bytes : what a rank holds before it makes its arrays: alone, and in common with the node's
@@ -64,6 +66,7 @@ class Machine:
     node: dict[str, Any] = field(default_factory=dict)
     net: dict[str, Any] = field(default_factory=dict)
     step_s: dict[str, float] = field(default_factory=lambda: {"1": 0.0})
+    late_s: Table = field(default_factory=list)
     input_s: float = 0.0
     row_s: float = 0.0
     start_s: float = 0.0
@@ -97,6 +100,16 @@ class Machine:
     def fixed_s(self, ranks: int) -> float:
         """Return what a step costs beside its operations where `ranks` ranks of a node take it. Local."""
         return self.step_s["1"] if ranks == 1 else self.step_s[str(self.busy)]
+
+    def wait_s(self, computing_s: float, ranks: int) -> float:
+        """Return how much later than the mean rank the last of `ranks` is that compute `computing_s`. Local.
+
+        Times are taken to have an exponential tail: then two of them differ by its mean, and the greatest of P is
+        1/2 + 1/3 + ... + 1/P such means above the mean.
+        """
+        if not self.late_s:
+            return 0.0
+        return look_up(self.late_s, computing_s) * sum(1.0 / k for k in range(2, ranks + 1))
 
     def between_s(self, level: str, table: str, num_bytes: float) -> float:
         """Return the seconds of one hop, or one call, of `num_bytes` bytes on the level "node" or "net". Local."""
@@ -199,6 +212,7 @@ def _check(machine: Machine) -> None:
         tables = [*machine.ops[busy].items()]
         tables += [(f"{level} {name}", table) for level in ("node", "net")
                    for name, table in getattr(machine, level).items() if isinstance(table, list)]
+        tables += [("late_s", machine.late_s)] if machine.late_s else []
         for name, table in tables:
             sizes = [entry[0] for entry in table]
             if not table or sizes != sorted(set(sizes)) or not all(s > 0 for _, s in table):

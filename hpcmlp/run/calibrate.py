@@ -38,16 +38,19 @@ from hpcmlp.sync.step import Step
 from hpcmlp.traffic import small_limit
 
 ROWS = (16, 64, 256, 1024, 4096)
-WIDTHS = (10, 64, 256, 1024, 4096)
+# Rows a power of two apart fall on the same lines of a cache: at 1024 small products can have half the rate of 720.
+WIDTHS = (10, 64, 256, 720, 1024, 4096)
 BLAS_ROWS = (512, 4096)
 MOST_ELEMENTS = 4096 * 4096     # of one matrix
 MOST_FLOPS = 2.2e9      # of one product: larger ones are cut, longest side first, and taken to have the same rate
-ELEMENTS = (2**8, 2**11, 2**14, 2**17, 2**19, 2**21, 2**23)
+ELEMENTS = tuple(256 * n for n in (1, 8, 66, 528, 2112, 8448, 33792))   # no high powers of two, for the same reason
 BYTES = (2**6, 2**10, 2**13, 2**16, 2**18, 2**20, 2**22, 2**24)
 PART_BYTES = (2**10, 2**13, 2**16, 2**18, 2**20, 2**22, 2**23)
 ENOUGH_S = 2e-3         # of calls to take a median of, three at least
 FILE_BYTES = 1 << 25
 SMALL, SMALL_ROWS = (256, 128, 10), 32  # a network and local batch whose step has much cost beside its operations
+SPREAD_PRODUCT, SPREAD_CALLS = (64, 256, 256), 4096     # what ranks do at once to see how far their times are apart
+SPREAD_WINDOWS = (1, 4, 16, 64, 256, 1024)              # calls that are added up to one time
 COLD_BYTES = 1 << 23    # of arrays that take turns: what a step uses once is not in the nearest caches
 WATCHED = 2             # ms between looks of a rank that sleeps while others measure
 
@@ -83,7 +86,7 @@ class Calibration:
                           read_s_per_byte=read, write_s_per_byte=write, process_bytes=self.held[0],
                           shared_bytes=self.held[1], panel_bytes=self.held[2])
         input_s, row_s = self._input()
-        machine = replace(machine, input_s=input_s, row_s=row_s)
+        machine = replace(machine, input_s=input_s, row_s=row_s, late_s=self._lateness())
         step_s = {"1": self._left_over(machine, together=False)}
         step_s[str(busy)] = self._left_over(machine, together=busy > 1)
         return replace(machine, step_s=step_s)
@@ -289,6 +292,26 @@ class Calibration:
         messages.max_in_place(comm, slowest)
         return float(np.median(slowest))
 
+    def _lateness(self) -> list[list[float]]:
+        """Mean seconds by which two ranks differ that compute the same at once, over the seconds that it takes."""
+        if self.comm.size == 1:
+            return []
+        m, k, n = SPREAD_PRODUCT
+        random = np.random.default_rng(0)
+        x, w = (random.standard_normal(shape, dtype=np.float32) for shape in ((m, k), (n, k)))
+        out, rounds = np.empty((m, n), np.float32), []
+        for _ in range(self.rounds):
+            times = np.empty(SPREAD_CALLS)
+            self.ops.linear(x, w, None, out)
+            messages.barrier(self.comm)
+            for call in range(SPREAD_CALLS):
+                begin = time.perf_counter()
+                self.ops.linear(x, w, None, out)
+                times[call] = time.perf_counter() - begin
+            found = messages.all_gather_bytes(self.comm, times.tobytes())
+            rounds.append(spread(np.frombuffer(b"".join(found)).reshape(self.comm.size, -1)))
+        return np.median(rounds, axis=0).tolist()
+
     def _cpu_per_byte(self, comm: Any, num_bytes: int = 1 << 22) -> float:
         """Computing time of a byte that arrives and leaves while nobody waits for it by looking all the time."""
         out, into = np.zeros(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
@@ -394,6 +417,23 @@ def _places(pool: np.ndarray, results: np.ndarray, left: tuple, right: tuple, ou
     count = max(1, min(64, COLD_BYTES // (4 * (a + b + c)), pool.size // (a + b), results.size // c))
     return [(pool[k * (a + b):k * (a + b) + a].reshape(left), pool[k * (a + b) + a:(k + 1) * (a + b)].reshape(right),
              results[k * c:(k + 1) * c].reshape(out)) for k in range(count)]
+
+
+def spread(times: np.ndarray) -> list[list[float]]:
+    """Return [mean seconds, mean difference between two ranks, s] of what takes 1, 4, 16, ... calls.
+
+    Local. times : (ranks, calls) seconds; two ranks at least.
+    """
+    size, calls = times.shape
+    # Sorted, the k-th of P values is the greater one in k pairs and the lesser one in P - 1 - k.
+    weights = 2 * np.arange(size) - size + 1
+    table = []
+    for window in SPREAD_WINDOWS:
+        whole = calls // window * window
+        sums = np.sort(times[:, :whole].reshape(size, -1, window).sum(axis=2), axis=0)
+        apart = (weights @ sums).mean() / (size * (size - 1) / 2)
+        table.append([float(sums.mean()), max(1e-9, float(apart))])
+    return table
 
 
 def within_limit(sizes: tuple[int, int, int]) -> tuple[int, int, int]:

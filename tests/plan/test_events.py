@@ -1,5 +1,8 @@
 """The event model on a machine of round numbers, where every time can be added up by hand."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from hpcmlp.errors import ConfigError
@@ -82,7 +85,6 @@ def test_ranks_without_a_core_each_take_turns(workload, machine):
 
 
 def test_what_the_machine_file_does_not_know_is_an_error(workload, machine):
-    from dataclasses import replace
     with pytest.raises(ConfigError, match="links between nodes"):
         step_time(workload(ranks=8, per_node=4), replace(machine, net={}))
     ring_alone = {name: table for name, table in machine.node.items() if not name.startswith("shared")}
@@ -90,3 +92,33 @@ def test_what_the_machine_file_does_not_know_is_an_error(workload, machine):
         step_time(workload(ranks=2, sync="shared"), replace(machine, node=ring_alone))
     with pytest.raises(ConfigError, match="one rank on a node"):
         step_time(workload(ranks=2), replace(machine, node={}))
+
+
+def test_all_wait_for_the_last_of_the_ranks(workload, machine):
+    uneven = replace(machine, late_s=[[1e-6, 1e-7], [1.0, 0.1]])    # two ranks differ by a tenth of what they compute
+    alone, two, four = (step_time(workload((300, 300, 10), ranks=ranks, batch=60 * ranks), uneven)
+                        for ranks in (1, 2, 4))
+    assert alone.parts["wait"] == 0.0
+    assert two.parts["wait"] == pytest.approx(0.1 * two.computing_s / 2)
+    assert four.parts["wait"] == pytest.approx(0.1 * four.computing_s * (1 / 2 + 1 / 3 + 1 / 4))
+    assert four.step_s == pytest.approx(sum(four.parts.values()))
+    even = step_time(workload((300, 300, 10), ranks=4, batch=240), machine)
+    assert even.parts["wait"] == 0.0 and four.step_s - even.step_s == pytest.approx(four.parts["wait"])
+
+
+def test_chance_evens_out_over_local_steps_and_nobody_waits_out_of_step(workload, machine):
+    chance = replace(machine, late_s=[[1e-6, 1e-6], [1.0, 1e-3]])   # grows with the root of the time
+    every, eighth = (step_time(workload((300, 300, 10), ranks=4, batch=240, local_steps=n), chance) for n in (1, 4))
+    assert eighth.parts["wait"] == pytest.approx(every.parts["wait"] / 2, rel=0.1)
+    w = workload((300, 300, 10), ranks=4, batch=240, sync="server", staleness=True)
+    assert step_time(w, chance).parts["wait"] == 0.0
+
+
+@pytest.mark.parametrize("ranks", [2, 7, 64])
+def test_the_last_of_many_draws_is_as_late_as_foretold(machine, ranks):
+    """Against draws with an exponential tail: what two of them show foretells the greatest of many."""
+    random = np.random.default_rng(ranks)
+    pair = 1.0 + random.exponential(0.2, (2, 20_000))
+    late = replace(machine, late_s=[[0.1, 1e-9], [1.2, float(np.abs(pair[0] - pair[1]).mean())]])
+    many = 1.0 + random.exponential(0.2, (20_000, ranks))
+    assert late.wait_s(1.2, ranks) == pytest.approx((many.max(axis=1) - many.mean(axis=1)).mean(), rel=0.05)

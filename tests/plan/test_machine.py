@@ -1,6 +1,7 @@
 """Machine files: what is written is read, times between entries, and files that are something else."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,8 +12,17 @@ from hpcmlp.plan.record import Op
 
 
 def test_what_is_written_is_read(tmp_path, machine):
+    machine = replace(machine, late_s=[[1e-3, 1e-5], [1e-2, 1e-4]])
     write_machine(tmp_path / "m.json", machine)
     assert read_machine(tmp_path / "m.json") == machine
+
+
+def test_a_file_from_before_the_spread_was_measured_is_read_and_nobody_is_late(tmp_path, machine):
+    write_machine(tmp_path / "m.json", machine)
+    values = json.loads((tmp_path / "m.json").read_text())
+    del values["late_s"]
+    (tmp_path / "m.json").write_text(json.dumps(values))
+    assert read_machine(tmp_path / "m.json").wait_s(1.0, 4096) == 0.0
 
 
 @pytest.mark.parametrize("size, seconds", [(1, 2.0), (10, 2.0), (100, 20.0), (1000, 200.0), (31.6227766, 6.32455532),
@@ -34,12 +44,14 @@ def test_what_is_no_machine_file_is_refused_in_one_sentence(tmp_path, damage):
         read_machine(tmp_path / "m.json")
 
 
-@pytest.mark.parametrize("name", ["ops", "products", "node"])
+@pytest.mark.parametrize("name", ["ops", "products", "node", "late_s"])
 def test_a_table_with_a_hole_is_refused(tmp_path, machine, name):
     write_machine(tmp_path / "m.json", machine)
     values = json.loads((tmp_path / "m.json").read_text())
     if name == "ops":
         values["ops"]["4"]["adam"][1][1] = 0.0
+    elif name == "late_s":
+        values["late_s"] = [[1e-3, 1e-5], [1e-2, -1e-4]]
     elif name == "products":
         values["products"]["4"]["weight"]["s"][0].pop()
     else:
