@@ -4,10 +4,9 @@ A shim (io_shim.c, built by cc) stands between the program and libc, libhdf5 inc
 ended with 0, or with 73 and one sentence; what stands under a final name is whole; a run is resumed without the fault
 and ends with the parameters of the undisturbed run. Real small disks (tmpfs, as root) besides.
 
-    python benchmarks/faults/disk.py [--count N]      N faults a row, spread over the calls (default: every call)
+    python benchmarks/faults/campaign.py disk [--count N]    N faults a row, spread over the calls (default: all)
 """
 
-import argparse
 import errno
 import json
 import os
@@ -202,19 +201,3 @@ def small_disks(bench: Bench, count: int | None) -> Iterator[dict[str, Any]]:
                 subprocess.run(["umount", place], check=True)
         yield tally(f"{task.name}: a disk of n KiB", [lambda n=n, case=case: case(n) for n in sizes],
                     [f"{n} KiB" for n in sizes])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    broken = 0
-    for row in rows(options.count, options.seed):
-        print(json.dumps(row), flush=True)
-        broken += row["completed"] < row["injected"] or row["identical"] not in (None, row["injected"])
-    return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -4,11 +4,9 @@ Checkpoints: one of two is damaged (its state, its manifest, or the record of bo
 that were saved, of the newest where only a small file is damaged, else of the one before, and say what it found.
 Shards: opened as training opens them, with the digests of the manifest; the damage must end in one sentence.
 
-    python benchmarks/faults/flips.py --count 10000
+    python benchmarks/faults/campaign.py flips --count 10000
 """
 
-import argparse
-import json
 import random
 import shutil
 import subprocess
@@ -122,19 +120,3 @@ def rows(count: int | None, seed: int) -> Iterator[dict[str, Any]]:
                    "the one before taken, or the digests inside" if "checkpoint" in what else "one sentence"}
     finally:
         shutil.rmtree(place)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=10_000, help="damages in all (default: 10000)")
-    parser.add_argument("--seed", type=int, default=1, help="default: 1")
-    options = parser.parse_args()
-    broken = 0
-    for row in rows(options.count, options.seed):
-        print(json.dumps(row), flush=True)
-        broken += row["completed"] < row["injected"]
-    return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

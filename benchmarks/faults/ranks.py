@@ -3,11 +3,9 @@
 A rank is killed, leaves without a word, or raises, or the launcher is killed; the time runs from the moment the first
 of them is gone to the moment the last rank is. Where a rank raises, its traceback and no other is printed.
 
-    MPIEXEC=mpiexec python benchmarks/faults/ranks.py [--count N] [--ranks P]
+    MPIEXEC=mpiexec python benchmarks/faults/campaign.py ranks [--count N]
 """
 
-import argparse
-import json
 import os
 import shutil
 import statistics
@@ -22,6 +20,7 @@ from typing import Any
 LIMIT_S = 2.0
 TIMEOUT_S = 120
 FULL = 20
+RANKS = 3
 ACTS = ("kill", "exit:3", "raise", "launcher")
 
 
@@ -98,7 +97,7 @@ def one(data: Path, run: Path, ranks: int, act: str, step: int, victim: int, syn
     return last - first, code, text
 
 
-def rows(count: int | None, seed: int, ranks: int = 3) -> Iterator[dict[str, Any]]:
+def rows(count: int | None, seed: int) -> Iterator[dict[str, Any]]:
     """One row a fault and strategy."""
     folder = Path(tempfile.mkdtemp(prefix="hpcmlp-ranks-"))
     try:
@@ -108,18 +107,18 @@ def rows(count: int | None, seed: int, ranks: int = 3) -> Iterator[dict[str, Any
                         folder / "data"], check=True, stdout=subprocess.DEVNULL)
         for sync in ("shared", "ring"):
             for act in ACTS:
-                yield row(folder, sync, act, FULL if count is None else count, seed, ranks)
+                yield row(folder, sync, act, FULL if count is None else count, seed)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def row(folder: Path, sync: str, act: str, count: int, seed: int, ranks: int) -> dict[str, Any]:
+def row(folder: Path, sync: str, act: str, count: int, seed: int) -> dict[str, Any]:
     """The row of one fault under one strategy; steps and victims go round."""
     times, completed, first = [], 0, ""
     for k in range(count):
         try:
-            seconds, code, text = one(folder / "data", folder / f"run-{sync}-{act[:4]}-{k}", ranks, act,
-                                      3 + (seed + 37 * k) % 150, (seed + k) % ranks, sync)
+            seconds, code, text = one(folder / "data", folder / f"run-{sync}-{act[:4]}-{k}", RANKS, act,
+                                      3 + (seed + 37 * k) % 150, (seed + k) % RANKS, sync)
             assert code, "ended with 0"
             if act == "raise":
                 assert text.count("Traceback") == 1 and "fault on purpose" in text, text[-400:]
@@ -131,22 +130,5 @@ def row(folder: Path, sync: str, act: str, count: int, seed: int, ranks: int) ->
         except (AssertionError, subprocess.TimeoutExpired) as error:
             first = first or f"; FIRST: {' '.join(str(error).split())[:300]}"
     worst = f"all gone after at most {max(times):.2f} s" if times else "none"
-    return {"fault": f"a rank: {act} ({sync}, {ranks} ranks)", "injected": count, "completed": completed,
+    return {"fault": f"a rank: {act} ({sync}, {RANKS} ranks)", "injected": count, "completed": completed,
             "identical": None, "recover_s": statistics.median(times) if times else None, "note": worst + first}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int)
-    parser.add_argument("--ranks", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    broken = 0
-    for found in rows(options.count, options.seed, options.ranks):
-        print(json.dumps(found), flush=True)
-        broken += found["completed"] < found["injected"]
-    return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

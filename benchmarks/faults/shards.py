@@ -1,10 +1,8 @@
 """Shards with one bit flipped or cut at any length: all are noticed when a run opens them, and named.
 
-    python benchmarks/faults/shards.py [--count N]
+    python benchmarks/faults/campaign.py shards [--count N]
 """
 
-import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -88,19 +86,3 @@ def row(folder: Path, name: str, damage: Callable, count: int, seed: int) -> dic
     return {"fault": f"shard: {name}", "injected": count, "completed": noticed + unchanged, "identical": None,
             "recover_s": statistics.median(times), "note": f"{noticed} noticed and named, {unchanged} without "
                                                            f"effect{first}"}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    broken = 0
-    for found in rows(options.count, options.seed):
-        print(json.dumps(found), flush=True)
-        broken += found["completed"] < found["injected"]
-    return 1 if broken else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
