@@ -39,13 +39,16 @@ def find_bucket_mb(collective: Any) -> float:
 
 
 class Progress:
-    """Drives what a collective has under way, from a thread of its own where that is allowed.
+    """Drives what a collective has under way, from a thread of its own where that is allowed, and keeps the time.
 
-    Local. Hold `lock` around every call into the collective; call `watch` when something was started.
+    Local. Hold `lock` around every call into the collective; call `watch` when something was started; add to
+    `exposed_s` the seconds in which the computing thread saw to communication.
     """
 
     def __init__(self, collective: Any):
         self.collective, self.lock = collective, threading.Lock()
+        self.exposed_s = self._flight_s = 0.0
+        self._last_end = 0
         self._busy = threading.Event()
         if collective.threads:
             threading.Thread(target=_drive, args=(weakref.ref(self), self._busy), daemon=True).start()
@@ -62,6 +65,24 @@ class Progress:
                 if self.collective.advance():
                     self._busy.clear()
                     break
+
+    def wait(self, operation: Any) -> None:
+        """Return when `operation` has ended, and count its time. Local; without `lock`, which is taken here."""
+        with self.lock:
+            operation.wait()
+        began = max(operation.began, self._last_end)
+        self._last_end = max(operation.ended, self._last_end)
+        self._flight_s += max(0, self._last_end - began) * 1e-9
+
+    def spent(self) -> tuple[float, float]:
+        """Return the seconds since the last call: of the computing thread (`exposed_s`), and with messages under way.
+
+        Local. The second counts from the start of a message to when its end was seen, overlapping ones once, when they
+        are waited for.
+        """
+        spent = self.exposed_s, self._flight_s
+        self.exposed_s = self._flight_s = 0.0
+        return spent
 
 
 def _drive(reference: Any, busy: threading.Event) -> None:
@@ -91,8 +112,6 @@ class Overlapped(SlicedUpdate):
         self.progress = Progress(collective)
         self._reductions: list[Any] = []
         self._gathers: deque[tuple[int, Bucket, Any]] = deque()
-        self._exposed_s = self._flight_s = 0.0
-        self._last_end = 0
 
     def close(self, start: int, words: np.ndarray) -> None:
         """The gradient from `start` on is final: start to reduce the buckets there, `words` with the last one.
@@ -110,7 +129,7 @@ class Overlapped(SlicedUpdate):
                                                                              words if last else None))
                 self.progress.watch()
         self.progress.advance()
-        self._exposed_s += perf_counter() - began
+        self.progress.exposed_s += perf_counter() - began
 
     def reduce(self, words: np.ndarray) -> None:
         """Wait for the sums of the gradient and of the control words over the ranks.
@@ -120,11 +139,11 @@ class Overlapped(SlicedUpdate):
         self.close(0, words)    # counts its own time
         began = perf_counter()
         for bucket, operation in zip(self.buckets, self._reductions, strict=True):
-            self._wait(operation)
+            self.progress.wait(operation)
             self._grads.put(*self._own(bucket))
         self._reductions.clear()
         self._grads.settle()
-        self._exposed_s += perf_counter() - began
+        self.progress.exposed_s += perf_counter() - began
 
     def share(self) -> None:
         """Start to give every rank the updated parameters of all owners, first layers first. Collective."""
@@ -135,33 +154,23 @@ class Overlapped(SlicedUpdate):
             with self.progress.lock:
                 self._gathers.append((k, self.buckets[k], self._start_share(k, self.buckets[k])))
                 self.progress.watch()
-        self._exposed_s += perf_counter() - began
+        self.progress.exposed_s += perf_counter() - began
 
     def need(self, start: int, stop: int) -> None:
         """Return when the parameters before `stop` stand. Collective over the ranks of a node."""
         began = perf_counter()
         while self._gathers and self._gathers[0][1].start < stop:
             _, bucket, operation = self._gathers.popleft()
-            self._wait(operation)
+            self.progress.wait(operation)
             self._params.put(bucket.start, bucket.stop)
             self._params.settle()
         if self._gathers:
             self.progress.advance()
-        self._exposed_s += perf_counter() - began
+        self.progress.exposed_s += perf_counter() - began
 
     def finish(self) -> None:
         """Return when all parameters stand and nothing is under way. Collective over the ranks of a node."""
         self.need(0, self._host_params.size)
-
-    def spent(self) -> tuple[float, float]:
-        """Return the seconds since the last call in which the computing thread was here, and any message under way.
-
-        Local. The second counts from the start of a message to when its end was seen, overlapping ones once, when they
-        are waited for.
-        """
-        spent = self._exposed_s, self._flight_s
-        self._exposed_s = self._flight_s = 0.0
-        return spent
 
     def whole(self, owned: Any, keep: bool = True) -> np.ndarray | None:
         self.finish()
@@ -170,10 +179,3 @@ class Overlapped(SlicedUpdate):
     def carried(self) -> dict[str, np.ndarray]:
         self.finish()
         return super().carried()
-
-    def _wait(self, operation: Any) -> None:
-        with self.progress.lock:
-            operation.wait()
-        began = max(operation.began, self._last_end)
-        self._last_end = max(operation.ended, self._last_end)
-        self._flight_s += max(0, self._last_end - began) * 1e-9

@@ -101,8 +101,6 @@ class ShardedUpdate(SlicedUpdate):
         self._meetings, self._used = 0, [-1, -1]        # so far; before which a buffer was last read
         self._pending: dict[int, tuple[int, bool, Any]] = {}    # buffer -> reduction under way: layer, first, operation
         self._first = True                  # the pass under way is the first of the step
-        self._exposed_s = self._flight_s = 0.0
-        self._last_end = 0
 
     # ---- the network's calls
 
@@ -124,14 +122,14 @@ class ShardedUpdate(SlicedUpdate):
                 self._gather(layer)
             coming, operation = self._coming
             assert coming == layer == self._order[self._position], "layers are entered as it was said in `begin`"
-            self._wait(operation)
+            self.progress.wait(operation)
             self._coming, self._standing = None, layer
             self._meetings += 1
         self._position += 1
         following = self._following()
         if following is not None and self._coming is None and (following - layer) % 2:
             self._gather(following)
-        self._exposed_s += perf_counter() - began
+        self.progress.exposed_s += perf_counter() - began
 
     def open_grads(self, layer: int) -> None:
         """Return when the gradient of `layer` may be written. Collective over the ranks of a node."""
@@ -139,7 +137,7 @@ class ShardedUpdate(SlicedUpdate):
         self._take(layer % 2)
         for gap in self.layers[layer].gaps:
             gap[...] = 0    # what another layer has left there would be added up
-        self._exposed_s += perf_counter() - began
+        self.progress.exposed_s += perf_counter() - began
 
     def grads_at(self, start: int) -> np.ndarray:
         """Return the gradient of the layer that begins at `start` as backward has left it. Local."""
@@ -163,7 +161,7 @@ class ShardedUpdate(SlicedUpdate):
         if number == 0:
             self._first = False
         self.progress.advance()
-        self._exposed_s += perf_counter() - began
+        self.progress.exposed_s += perf_counter() - began
 
     # ---- the step's calls
 
@@ -175,7 +173,7 @@ class ShardedUpdate(SlicedUpdate):
         began = perf_counter()
         for buffer in (1, 0):
             self._take(buffer)
-        self._exposed_s += perf_counter() - began
+        self.progress.exposed_s += perf_counter() - began
 
     def grad_norm(self) -> float:
         """Return the Euclidean norm of the summed gradient. Collective: one scalar is summed."""
@@ -188,26 +186,17 @@ class ShardedUpdate(SlicedUpdate):
         """Start to gather what the next step reads first: all else stays with its owners. Collective."""
         began = perf_counter()
         self._gather(0)
-        self._exposed_s += perf_counter() - began
+        self.progress.exposed_s += perf_counter() - began
 
     def finish(self) -> None:
         """Return when nothing is under way. Collective over the ranks of a node."""
         self._release()
         if self._coming is not None:
             layer, operation = self._coming
-            self._wait(operation)
+            self.progress.wait(operation)
             self._coming = None
             self._meetings += 1
             self._used[layer % 2] = self._meetings  # somebody may be on the way out of the meeting
-
-    def spent(self) -> tuple[float, float]:
-        """Return the seconds since the last call in which the computing thread was here, and any message under way.
-
-        Local. As `overlap.Overlapped.spent`.
-        """
-        spent = self._exposed_s, self._flight_s
-        self._exposed_s = self._flight_s = 0.0
-        return spent
 
     # ---- other uses of the slices
 
@@ -289,20 +278,13 @@ class ShardedUpdate(SlicedUpdate):
         number, first, operation = self._pending.pop(buffer, (0, False, None))
         if operation is None:
             return
-        self._wait(operation)
+        self.progress.wait(operation)
         layer = self.layers[number]
         own, total = layer.grads[layer.own], self.grads[layer.at]
         if first:
             np.copyto(total, own)
         else:
             np.add(total, own, total)
-
-    def _wait(self, operation: Any) -> None:
-        with self.progress.lock:
-            operation.wait()
-        began = max(operation.began, self._last_end)
-        self._last_end = max(operation.ended, self._last_end)
-        self._flight_s += max(0, self._last_end - began) * 1e-9
 
 
 def _find_layers(spec: Any, buckets: list[Bucket], part: int, gathered: np.ndarray, grads: np.ndarray) -> list[Layer]:
@@ -355,7 +337,6 @@ class ShardedStep(Step):
     def _gradient(self, batch: Any, step: int) -> None:
         strategy = self.strategy
         assert batch.rows <= self._passes * self.micro_rows
-        strategy.spent()    # by validation or a save since the last step
         strategy.begin(self._entries, self._passes)
         for turn in range(self._passes):
             start, stop = (min(k * self.micro_rows, batch.rows) for k in (turn, turn + 1))

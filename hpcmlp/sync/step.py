@@ -100,7 +100,7 @@ class Step:
         started = perf_counter()
         self._sent_before = self._sent()
         if self.strategy.overlaps:
-            self.strategy.spent()   # between two steps: no part of this one
+            self.strategy.progress.spent()   # between two steps: no part of this one
         words = self.words
         words.clear()
         if stop:
@@ -140,7 +140,7 @@ class Step:
         """Share out the time since `started`; `comm_s` of it were spent in reduce and share."""
         flight_s = comm_s
         if self.strategy.overlaps:
-            comm_s, flight_s = self.strategy.spent()
+            comm_s, flight_s = self.strategy.progress.spent()
         result.comm_s, result.flight_s = comm_s, flight_s
         result.bytes_sent = self._sent() - self._sent_before
         result.compute_s = perf_counter() - started - comm_s
