@@ -22,7 +22,31 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Seconds that a failed rank waits for the others before it ends the job.
 PATIENCE = float(os.environ.get("HPCMLP_TEST_PATIENCE", "5"))
 MARK_KEYWORDS = {"mpi": {"min_size"}, "mpi_skip": set(), "mpi_xfail": set(), "mpi_break": set()}
+MAKERS = ("Dup", "Split", "Split_type", "Create_group")    # methods of a communicator that make another
+FAILED = pytest.StashKey[bool]()
 LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_")
+
+
+def lending(kind):
+    """Return a subclass of the communicators `kind` whose instances note in `made` what is made of them, and where.
+
+    An MPI library has some 2,000 communicators: a suite whose tests do not give theirs back dies in the end.
+    """
+    class Lent(kind):
+        made: list
+
+        def note(self, new):
+            caller = sys._getframe(2)
+            new = Lent(new)
+            new.made = self.made
+            self.made.append((new, f"{caller.f_code.co_filename}:{caller.f_lineno}"))
+            return new
+
+    for name in MAKERS:
+        def make(self, *given, name=name, **named):
+            return self.note(getattr(kind, name)(self, *given, **named))
+        setattr(Lent, name, make)
+    return Lent
 
 
 class Harness:
@@ -33,7 +57,14 @@ class Harness:
         # Own communicators, so that the harness's messages can never match a test's.
         self.comm = self.world.comm.Dup()
         self.tests_comm = self.world.comm.Dup()
+        self.lending = lending(type(self.world.comm))
         self.collection_errors = []
+
+    def lend(self):
+        """A communicator of all ranks, for one test."""
+        lent = self.lending(self.tests_comm)
+        lent.made = []
+        return lent
 
     def gather(self, value, failure=""):
         """Return all ranks' values; end the job when this rank has failed and the others do not come."""
@@ -85,7 +116,10 @@ class Harness:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item):
         report = yield
-        return self.agree(report) if item.get_closest_marker("mpi") else report
+        if item.get_closest_marker("mpi"):
+            report = self.agree(report)
+            item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
+        return report
 
     def pytest_internalerror(self, excrepr):
         if self.comm.size > 1:
@@ -125,11 +159,59 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def comm(request):
-    """All ranks of the test run: a communicator duplicated from COMM_WORLD for the tests."""
+    """All ranks of the test run: a communicator duplicated from COMM_WORLD for the tests.
+
+    A test that passes has given back all communicators that were made of it.
+    """
     harness = request.config.pluginmanager.get_plugin("harness")
     if harness is None:
         pytest.fail("a test that uses `comm` must be marked @pytest.mark.mpi")
-    return harness.tests_comm
+    lent = harness.lend()
+    yield lent
+    kept = [where for made, where in lent.made if made]     # one that was freed is COMM_NULL
+    if kept and not request.node.stash[FAILED]:
+        pytest.fail("communicators were not given back, made at\n" + "\n".join(kept), pytrace=False)
+
+
+@pytest.fixture
+def given_back(request, comm):
+    """A function that returns what it is given; its `free` is called when the test has ended, last things first.
+
+    `how` names another method. Not after a failure: the ranks may have come to different places, and it is collective.
+    """
+    ends = []
+
+    def keep(thing, how="free"):
+        ends.append(getattr(thing, how))
+        return thing
+    yield keep
+    if not request.node.stash[FAILED]:
+        for end in reversed(ends):
+            end()
+
+
+@pytest.fixture
+def topology(comm, given_back):
+    """The topology of all ranks."""
+    from hpcmlp.comm.topology import Topology
+    return given_back(Topology(comm))
+
+
+@pytest.fixture
+def nodes_of(comm, given_back):
+    """A function that returns a topology which pretends that every `per_node` ranks are a node of their own."""
+    from hpcmlp.comm.topology import Topology
+
+    def pretend(per_node):
+        made = Topology(comm)
+        made.free()
+        made.node = comm.Split(comm.rank // per_node, comm.rank)
+        made.local_rank, made.local_size = made.node.rank, made.node.size
+        made.cross = comm.Split(made.local_rank, comm.rank)
+        made.cross_rank, made.cross_size = made.cross.rank, made.cross.size
+        made.num_nodes = -(-comm.size // per_node)
+        return given_back(made)
+    return pretend
 
 
 def find_mpiexec():

@@ -136,30 +136,14 @@ def test_an_uneven_ring_sends_every_element_as_often(comm, counter, elements):
     made.free()
 
 
-class NodesOf:
-    """A topology in which every `per_node` ranks are a node, whose messages between nodes are counted."""
-
-    def __init__(self, comm, per_node, counter):
-        self.comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.node = comm.Split(comm.rank // per_node, comm.rank)
-        self.local_rank, self.local_size = self.node.rank, self.node.size
-        self.across = comm.Split(self.local_rank, comm.rank)
-        self.cross = CountedComm(self.across, counter)
-        self.cross_rank, self.cross_size = self.across.rank, self.across.size
-        self.num_nodes = comm.size // per_node
-
-    def free(self):
-        self.node.Free()
-        self.across.Free()
-
-
 @pytest.mark.mpi
-def test_the_node_scheme_sends_its_share_between_nodes_and_nothing_inside(comm, counter):
+def test_the_node_scheme_sends_its_share_between_nodes_and_nothing_inside(comm, counter, nodes_of):
     """N nodes of L ranks: 2 (N-1)/N x elements/L x width on every rank."""
     size = comm.size
     for per_node in (n for n in range(1, size + 1) if size % n == 0):
         nodes = size // per_node
-        topology = NodesOf(comm, per_node, counter)
+        topology = nodes_of(per_node)
+        topology.cross = CountedComm(topology.cross, counter)
         made = Shared(topology, partial(ring.Ring, small_bytes=0))
         elements = 1024 * size
         array, params = made.empty(elements, np.float32), made.common(elements, np.float32)
@@ -178,7 +162,6 @@ def test_the_node_scheme_sends_its_share_between_nodes_and_nothing_inside(comm, 
             np.testing.assert_array_equal(params, size)
             comm.Barrier()      # nobody writes his part again before all have looked
         made.free()
-        topology.free()
 
 
 def test_the_same_at_8_ranks(run_ranks):

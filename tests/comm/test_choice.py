@@ -9,20 +9,6 @@ from hpcmlp.comm import Exchange, choice, open_exchange, rule
 from hpcmlp.comm.native import Native
 from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import SharedUnavailable
-from hpcmlp.comm.topology import Topology
-
-
-class Nodes(Topology):
-    """A topology that pretends that every `per_node` ranks of `comm` are a node of their own."""
-
-    def __init__(self, comm, per_node):
-        super().__init__(comm)
-        self.free()
-        self.node = comm.Split(comm.rank // per_node, comm.rank)
-        self.local_rank, self.local_size = self.node.rank, self.node.size
-        self.cross = comm.Split(self.local_rank, comm.rank)
-        self.cross_rank, self.cross_size = self.cross.rank, self.cross.size
-        self.num_nodes = -(-comm.size // per_node)
 
 
 class Slow:
@@ -104,7 +90,7 @@ def test_a_candidate_that_is_not_to_be_had_is_left_out_and_said(comm):
 
 
 @pytest.mark.mpi
-def test_auto_knows_one_node_and_tries_several(comm, monkeypatch):
+def test_auto_knows_one_node_and_tries_several(comm, monkeypatch, nodes_of):
     tried = []
 
     def told(make, names, *rest, **options):
@@ -113,7 +99,7 @@ def test_auto_knows_one_node_and_tries_several(comm, monkeypatch):
 
     monkeypatch.setattr(choice, "fastest", told)
     for per_node in range(1, comm.size + 1):
-        topology = Nodes(comm, per_node)
+        topology = nodes_of(per_node)
         exchange = open_exchange("auto", topology, 100, np.float32)
         if comm.size == 1:
             assert (exchange.name, exchange.why) == ("ring", "one rank")
@@ -128,35 +114,32 @@ def test_auto_knows_one_node_and_tries_several(comm, monkeypatch):
         assert (exchange.grads == comm.size).all()
         exchange.params = exchange.grads = None
         exchange.collective.free()
-        topology.free()
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_narrow_wire_is_never_given_to_the_library(comm):
-    topology = Nodes(comm, 1)
+def test_a_narrow_wire_is_never_given_to_the_library(comm, nodes_of):
+    topology = nodes_of(1)
     assert rule(topology, "bf16") == ("ring", "one rank per node")
     exchange = open_exchange("auto", topology, 100, np.float32, wire="bf16")
     assert exchange.name == "ring" and exchange.wire == "bf16"
     exchange.collective.free()
-    topology.free()
 
 
 @pytest.mark.mpi(min_size=2)
-def test_the_trial_itself_ends_in_one_of_the_candidates(comm):
-    topology = Nodes(comm, 1)
+def test_the_trial_itself_ends_in_one_of_the_candidates(comm, nodes_of):
+    topology = nodes_of(1)
     begin = time.perf_counter()
     exchange = open_exchange("auto", topology, 30_000, np.float32)
     assert time.perf_counter() - begin < 20
     assert exchange.name in ("ring", "native") and exchange.why.startswith("by trial")
     assert len(set(comm.allgather((exchange.name, exchange.why)))) == 1
     exchange.collective.free()
-    topology.free()
 
 
 @pytest.mark.mpi(min_size=2)
-def test_what_is_to_overlap_can_be_started(comm):
+def test_what_is_to_overlap_can_be_started(comm, nodes_of):
     for per_node in (n for n in range(1, comm.size) if comm.size % n == 0):
-        topology = Nodes(comm, per_node)
+        topology = nodes_of(per_node)
         exchange = open_exchange("auto", topology, 5000, np.float32, overlap=True)
         assert exchange.collective.starts and "native" not in exchange.why
         assert len(set(comm.allgather((exchange.name, exchange.why)))) == 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpcmlp.comm import COLLECTIVES, Topology, make_collective
+from hpcmlp.comm import COLLECTIVES, make_collective
 from hpcmlp.comm.native import Native
 from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import Shared
@@ -12,13 +12,13 @@ from hpcmlp.errors import ConfigError
 
 # Beside the plain forms: messages so small that every part is cut many times; all in one call of MPI; no C kernels.
 MAKERS = {
-    "ring": Ring,
-    "ring cut": lambda comm: Ring(comm, limit_bytes=64, small_bytes=0),
-    "ring together": lambda comm: Ring(comm, small_bytes=2**30),
-    "native": Native,
-    "native cut": lambda comm: Native(comm, limit_bytes=64),
-    "shared": lambda comm: Shared(Topology(comm)),
-    "shared numpy": lambda comm: Shared(Topology(comm), fused=False),
+    "ring": lambda topology: Ring(topology.comm),
+    "ring cut": lambda topology: Ring(topology.comm, limit_bytes=64, small_bytes=0),
+    "ring together": lambda topology: Ring(topology.comm, small_bytes=2**30),
+    "native": lambda topology: Native(topology.comm),
+    "native cut": lambda topology: Native(topology.comm, limit_bytes=64),
+    "shared": Shared,
+    "shared numpy": lambda topology: Shared(topology, fused=False),
 }
 LENGTHS = ("0", "1", "size-1", "size", "size+1", "prime", "large")
 
@@ -28,11 +28,10 @@ def length(name, size):
 
 
 @pytest.fixture(params=MAKERS)
-def collective(request, comm):
-    made = MAKERS[request.param](comm)
+def collective(request, topology, given_back):
+    made = given_back(MAKERS[request.param](topology))
     made.name = request.param
-    yield made
-    made.free()
+    return made
 
 
 def numbers(comm, n, dtype, seed=0):
@@ -192,8 +191,7 @@ def test_ring_agrees_with_native_to_the_bit_where_sums_are_exact(comm):
 
 
 @pytest.mark.mpi
-def test_table_of_collectives(comm):
-    topology = Topology(comm)
+def test_table_of_collectives(comm, topology):
     for name in COLLECTIVES:
         made = make_collective(name, topology)
         array = np.ones(10, np.float32)
@@ -202,7 +200,6 @@ def test_table_of_collectives(comm):
         made.free()
     with pytest.raises(ConfigError, match="legal: auto, ring, shared, native"):
         make_collective("rnig", topology)
-    topology.free()
 
 
 @pytest.mark.mpi

@@ -9,7 +9,6 @@ from hpcmlp.comm import check_wire, make_ring, open_exchange
 from hpcmlp.comm.native import Native
 from hpcmlp.comm.ring_wire import WireRing
 from hpcmlp.comm.shared import Shared
-from hpcmlp.comm.topology import Topology
 from hpcmlp.comm.wire import FORMATS, WIRES
 from hpcmlp.errors import ConfigError
 
@@ -17,41 +16,36 @@ ROUNDING = {"float32": 2.0**-24, "bf16": 2.0**-8, "float16": 2.0**-11}  # larges
 LENGTHS = {"0": 0, "1": 1, "size-1": -1, "size": 0, "size+1": 1, "prime": 1009, "large": 100_003}
 
 
-class Nodes(Topology):
-    """A topology that pretends that every `per_node` ranks of `comm` are a node of their own."""
-
-    def __init__(self, comm, per_node):
-        super().__init__(comm)
-        super().free()
-        self.node = comm.Split(comm.rank // per_node, comm.rank)
-        self.local_rank, self.local_size = self.node.rank, self.node.size
-        self.cross = comm.Split(self.local_rank, comm.rank)
-        self.cross_rank, self.cross_size = self.cross.rank, self.cross.size
-        self.num_nodes = -(-comm.size // per_node)
-
-
-def equal_nodes(comm):
-    """The ranks as nodes of two, or, where that does not come out even, as many nodes as ranks."""
-    return Nodes(comm, 2 if comm.size % 2 == 0 else 1)
-
-
 def shared_with(wire, topology, **options):
     return Shared(topology, lambda cross: make_ring(cross, wire, **options))
 
 
-# algorithm -> the collective over `comm` that sends `wire`; "cut": messages so small that every part takes many, as
-# arrays beyond 2**31 bytes do.
+# algorithm -> the collective over the ranks of a topology that sends `wire`; "cut": messages so small that every part
+# takes many, as arrays beyond 2**31 bytes do.
 MAKERS = {
-    "ring": lambda comm, wire: make_ring(comm, wire),
-    "ring cut": lambda comm, wire: make_ring(comm, wire, limit_bytes=64),
-    "shared": lambda comm, wire: shared_with(wire, Topology(comm)),
-    "nodes": lambda comm, wire: shared_with(wire, equal_nodes(comm)),
-    "nodes cut": lambda comm, wire: shared_with(wire, equal_nodes(comm), limit_bytes=64),
-    "native": lambda comm, wire: Native(comm),
+    "ring": lambda topology, wire: make_ring(topology.comm, wire),
+    "ring cut": lambda topology, wire: make_ring(topology.comm, wire, limit_bytes=64),
+    "shared": lambda topology, wire: shared_with(wire, topology),
+    "nodes": lambda topology, wire: shared_with(wire, topology),
+    "nodes cut": lambda topology, wire: shared_with(wire, topology, limit_bytes=64),
+    "native": lambda topology, wire: Native(topology.comm),
 }
 TABLE = [(algorithm, wire, name) for algorithm in MAKERS for wire in WIRES for name in LENGTHS
          if (wire == "float32" or algorithm not in ("shared", "native"))
          and ("cut" not in algorithm or name in ("size+1", "prime"))]
+
+
+@pytest.fixture
+def equal_nodes(comm, nodes_of):
+    """The ranks as nodes of two, or, where that does not come out even, as many nodes as ranks."""
+    return nodes_of(2 if comm.size % 2 == 0 else 1)
+
+
+@pytest.fixture
+def opened(topology, equal_nodes, given_back):
+    """A function that opens the collective of an algorithm for a wire, until the test ends."""
+    return lambda algorithm, wire: given_back(
+        MAKERS[algorithm](equal_nodes if "nodes" in algorithm else topology, wire))
 
 
 class Counting:
@@ -101,12 +95,12 @@ def assert_same_bits_everywhere(comm, array):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("algorithm, wire, name", TABLE)
-def test_sums_are_within_the_bound_and_have_the_same_bits_on_every_rank(comm, algorithm, wire, name):
+def test_sums_are_within_the_bound_and_have_the_same_bits_on_every_rank(comm, algorithm, wire, name, opened):
     n = length(name, comm.size)
     if "cut" in algorithm:
         n = min(n, 203)
     every = every_rank(comm, n)
-    collective = MAKERS[algorithm](comm, wire)
+    collective = opened(algorithm, wire)
     alone = 2 if "nodes" in algorithm and comm.size == 2 else 1     # two ranks are one node
     assert collective.narrow == (wire != "float32" and comm.size > alone)
     array = collective.empty(n, np.float32)
@@ -121,17 +115,16 @@ def test_sums_are_within_the_bound_and_have_the_same_bits_on_every_rank(comm, al
     assert_same_bits_everywhere(comm, array)
     assert_same_bits_everywhere(comm, words)
     del array
-    collective.free()
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("algorithm, wire, name", [row for row in TABLE if row[1] != "float32"])
-def test_all_ranks_follow_the_masters_with_the_same_bits(comm, algorithm, wire, name):
+def test_all_ranks_follow_the_masters_with_the_same_bits(comm, algorithm, wire, name, opened):
     """Masters that move at random: nobody is ever further away than one rounding of the last way."""
     n = length(name, comm.size)
     if "cut" in algorithm:
         n = min(n, 203)
-    collective = MAKERS[algorithm](comm, wire)
+    collective = opened(algorithm, wire)
     bounds = np.arange(comm.size + 1, dtype=np.int64) * n // comm.size
     own = slice(bounds[collective.part], bounds[collective.part + 1])
     array = collective.common(n, np.float32)
@@ -153,7 +146,6 @@ def test_all_ranks_follow_the_masters_with_the_same_bits(comm, algorithm, wire, 
     collective.gather_towards(array, bounds, before[own].copy())
     np.testing.assert_array_equal(array, before)    # who has arrived stays
     del array
-    collective.free()
 
 
 @pytest.mark.mpi
@@ -323,7 +315,7 @@ def test_a_steady_call_allocates_nothing_that_grows_with_the_array(comm, wire):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("wire", FORMATS)
-def test_a_run_that_goes_on_after_settling_and_one_that_resumes_have_the_same_bits(comm, wire):
+def test_a_run_that_goes_on_after_settling_and_one_that_resumes_have_the_same_bits(comm, wire, given_back):
     n = 3001
     bounds = [n * rank // comm.size for rank in range(comm.size + 1)]
     owed = np.empty(n, np.float32)
@@ -343,15 +335,14 @@ def test_a_run_that_goes_on_after_settling_and_one_that_resumes_have_the_same_bi
     resumed.put_residual(other, bounds, owed)
     for a, b in zip(sums(first, array, range(5, 9)), sums(resumed, other, range(5, 9)), strict=True):
         np.testing.assert_array_equal(a, b)
-    afresh = sums(WireRing(comm, wire), np.empty(n, np.float32), range(5, 9))
+    afresh = sums(given_back(WireRing(comm, wire)), np.empty(n, np.float32), range(5, 9))
     assert any((a != b).any() for a, b in zip(afresh, sums(first, array, range(5, 9)), strict=True))
     first.free()
     resumed.free()
 
 
 @pytest.mark.mpi
-def test_a_wire_acts_where_messages_cross_a_network(comm):
-    topology = Topology(comm)
+def test_a_wire_acts_where_messages_cross_a_network(comm, topology):
     with pytest.raises(ConfigError, match="--wire bf16 has no effect with --sync native"):
         open_exchange("native", topology, 100, np.float32, wire="bf16")
     check_wire("native", "float32")
@@ -362,18 +353,17 @@ def test_a_wire_acts_where_messages_cross_a_network(comm):
         assert ("wire bf16 has nothing to act on" in exchange.note) != acts
         exchange.params = exchange.grads = None
         exchange.collective.free()
-    topology.free()
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("sync", ["auto", "shared"])
-def test_between_nodes_only_the_network_is_narrow(comm, sync):
-    exchange = open_exchange(sync, equal_nodes(comm), 100, np.float32, wire="int8")
+def test_between_nodes_only_the_network_is_narrow(comm, sync, equal_nodes, nodes_of):
+    exchange = open_exchange(sync, equal_nodes, 100, np.float32, wire="int8")
     if comm.size == 2 and sync == "auto":
         assert exchange.name == "shared" and exchange.wire == "float32"     # they are one node
     exchange.params = exchange.grads = None
     exchange.collective.free()
-    nodes = Nodes(comm, 1)      # one rank per node: auto is the ring
+    nodes = nodes_of(1)     # one rank per node: auto is the ring
     exchange = open_exchange(sync, nodes, 100, np.float32, wire="int8")
     assert exchange.name == ("ring" if sync == "auto" else "shared")
     assert exchange.wire == "int8" and exchange.collective.narrow and not exchange.note

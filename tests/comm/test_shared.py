@@ -14,21 +14,10 @@ from hpcmlp.comm.topology import Topology
 LENGTHS = [0, 1, 3, 4, 5, 997, 40000]
 
 
-class SplitTopology:
-    """A topology that pretends that every `per_node` ranks of `comm` are a node of their own."""
-
-    def __init__(self, comm, per_node):
-        self.comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.node = comm.Split(comm.rank // per_node, comm.rank)
-        self.local_rank, self.local_size = self.node.rank, self.node.size
-        self.cross = comm.Split(self.local_rank, comm.rank)
-        self.cross_rank, self.cross_size = self.cross.rank, self.cross.size
-        self.num_nodes = -(-comm.size // per_node)
-
-
-def topologies(comm):
+@pytest.fixture
+def topologies(comm, topology, nodes_of):
     """All ways of cutting the ranks into equal nodes, one node first."""
-    return [Topology(comm)] + [SplitTopology(comm, n) for n in range(1, comm.size) if comm.size % n == 0]
+    return [topology] + [nodes_of(n) for n in range(1, comm.size) if comm.size % n == 0]
 
 
 def numbers(rank, length, dtype):
@@ -51,9 +40,9 @@ def everywhere_equal(comm, array):
 @pytest.mark.mpi
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_reduce_scatter_and_all_gather_give_the_plain_sum(comm, length, dtype):
+def test_reduce_scatter_and_all_gather_give_the_plain_sum(comm, length, dtype, topologies):
     expected = sum(numbers(r, length, dtype).astype(np.float64) for r in range(comm.size))
-    for topology in topologies(comm):
+    for topology in topologies:
         collective = Shared(topology)
         array = collective.empty(length, dtype)
         bounds = bounds_of(length, comm.size)
@@ -73,8 +62,8 @@ def test_reduce_scatter_and_all_gather_give_the_plain_sum(comm, length, dtype):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("length", [0, 1, 5, 1000, STAGE_BYTES // 4 + 5])
-def test_ordinary_arrays_are_summed_too(comm, length):
-    collective = Shared(Topology(comm))
+def test_ordinary_arrays_are_summed_too(comm, length, topology):
+    collective = Shared(topology)
     array = numbers(comm.rank, length, np.float32)
     collective.all_reduce(array)
     expected = sum(numbers(r, length, np.float32).astype(np.float64) for r in range(comm.size))
@@ -85,8 +74,8 @@ def test_ordinary_arrays_are_summed_too(comm, length):
 
 
 @pytest.mark.mpi
-def test_a_common_array_exists_once_per_node(comm):
-    for topology in topologies(comm):
+def test_a_common_array_exists_once_per_node(comm, topologies):
+    for topology in topologies:
         collective = Shared(topology)
         array = collective.common(1000, np.float32)
         bounds = bounds_of(1000, comm.size)
@@ -104,8 +93,8 @@ def test_a_common_array_exists_once_per_node(comm):
 
 
 @pytest.mark.mpi
-def test_parts_belong_to_one_rank_each(comm):
-    for topology in topologies(comm):
+def test_parts_belong_to_one_rank_each(comm, topologies):
+    for topology in topologies:
         collective = Shared(topology)
         parts = np.zeros(comm.size, np.int64)
         comm.Allgather(np.array([collective.part]), parts)
@@ -114,8 +103,8 @@ def test_parts_belong_to_one_rank_each(comm):
 
 
 @pytest.mark.mpi
-def test_too_little_shared_memory_is_said_on_all_ranks(comm, monkeypatch):
-    collective = Shared(Topology(comm))
+def test_too_little_shared_memory_is_said_on_all_ranks(comm, monkeypatch, topology):
+    collective = Shared(topology)
     if comm.rank == 0:  # only the rank that looks sees it
         monkeypatch.setattr(shared.node_memory, "free_bytes", lambda: 0)
     with pytest.raises(SharedUnavailable, match="MiB"):
@@ -124,8 +113,8 @@ def test_too_little_shared_memory_is_said_on_all_ranks(comm, monkeypatch):
 
 
 @pytest.mark.mpi(min_size=3)
-def test_uneven_nodes_are_refused_on_all_ranks(comm):
-    topology = SplitTopology(comm, comm.size - 1)
+def test_uneven_nodes_are_refused_on_all_ranks(comm, nodes_of):
+    topology = nodes_of(comm.size - 1)
     with pytest.raises(SharedUnavailable, match="different numbers"):
         Shared(topology)
 
@@ -149,11 +138,11 @@ def test_memory_is_given_back(comm):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_with_and_without_c_kernels_the_bits_are_the_same(comm, dtype):
+def test_with_and_without_c_kernels_the_bits_are_the_same(comm, dtype, topologies):
     # Mixed magnitudes show the order of a sum; denormal numbers show flushing.
     random = np.random.default_rng(comm.rank)
     tiny = np.finfo(dtype).tiny
-    for topology in topologies(comm):
+    for topology in topologies:
         for length in (1, 7, 2047, 2049, STAGE_BYTES // 4 + 1, 70_001):
             values = (random.standard_normal(length) * 10.0 ** random.integers(-6, 7, length)).astype(dtype)
             values[:length // 3] = tiny * random.random(length // 3)
@@ -175,9 +164,9 @@ def test_with_and_without_c_kernels_the_bits_are_the_same(comm, dtype):
 
 
 @pytest.mark.mpi
-def test_a_rank_that_comes_late_is_waited_for(comm):
+def test_a_rank_that_comes_late_is_waited_for(comm, topology):
     # Longer than a rank looks (0.2 ms), longer than it looks before it sleeps (5 ms), and every rank once.
-    collective = Shared(Topology(comm))
+    collective = Shared(topology)
     for pause in (0.0, 0.001, 0.02):
         for late in range(comm.size):
             if comm.rank == late:
@@ -189,9 +178,9 @@ def test_a_rank_that_comes_late_is_waited_for(comm):
 
 
 @pytest.mark.mpi
-def test_many_meetings_keep_ranks_in_step(comm):
+def test_many_meetings_keep_ranks_in_step(comm, topology):
     """Ranks that come at changing times never see a number of an earlier or later call."""
-    collective = Shared(Topology(comm))
+    collective = Shared(topology)
     collective._turn = 2**32 - 150      # the counters start anew on the way
     collective._marks[collective.local_rank, 0] = 2**32 - 150
     comm.Barrier()
@@ -210,9 +199,9 @@ def test_many_meetings_keep_ranks_in_step(comm):
 
 
 @pytest.mark.mpi
-def test_a_message_under_way_does_not_stop_a_meeting(comm):
+def test_a_message_under_way_does_not_stop_a_meeting(comm, topology):
     """A rank that waits on the node lets MPI go on, or a large message of its own would never leave it."""
-    collective = Shared(Topology(comm))
+    collective = Shared(topology)
     out, into = np.full(1 << 18, float(comm.rank)), np.empty(1 << 18)
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     requests = [comm.Isend(out, right), comm.Irecv(into, left)]

@@ -59,10 +59,9 @@ def test_slices_hold_what_a_sharded_run_was_measured_to_hold(workload, sync, com
     ((20, 12, 3), "float32", None), ((64, 512, 64, 5), "float32", 0.05), ((64, 512, 64, 5), "bf16", None),
     ((64, 512, 64, 5), "int8", 0.05), ((1, 1), "float32", None), ((300, 300, 10), "float32", None)])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_the_ring_sends_what_was_foretold_to_the_byte(comm, sizes, wire, bucket_mb, clip):
+def test_the_ring_sends_what_was_foretold_to_the_byte(comm, sizes, wire, bucket_mb, clip, topology):
     """A real step with real messages; the ring counts the bytes that it hands to MPI (checked in test_bytes)."""
     from hpcmlp.comm import open_exchange
-    from hpcmlp.comm.topology import Topology
     from hpcmlp.data.samples import Batch
     from hpcmlp.nn.losses import Loss
     from hpcmlp.nn.network import Network
@@ -70,7 +69,7 @@ def test_the_ring_sends_what_was_foretold_to_the_byte(comm, sizes, wire, bucket_
     from hpcmlp.ops.host import HostOps
     from hpcmlp.sync import make_strategy, plan
     from hpcmlp.sync.step import Step
-    topology, spec, rows, ops = Topology(comm), NetworkSpec(sizes), 4, HostOps()
+    spec, rows, ops = NetworkSpec(sizes), 4, HostOps()
     exchange = open_exchange("ring", topology, spec.layout().size, np.float32, wire=wire)
     planned = plan(spec, exchange.collective, comm.size, topology.num_nodes, bucket_mb)
     network = Network(spec, ops, rows, exchange.params, exchange.grads, piece=planned.piece)
@@ -87,7 +86,6 @@ def test_the_ring_sends_what_was_foretold_to_the_byte(comm, sizes, wire, bucket_
         assert not result.skipped
         assert result.bytes_sent == demand.sent_bytes(foretold, record(foretold), comm.rank)
     exchange.collective.free()
-    topology.free()
 
 
 def test_shared_memory_sends_nothing_on_a_node_and_a_share_between_nodes(workload):

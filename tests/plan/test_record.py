@@ -52,7 +52,7 @@ for operation in OPERATIONS:
 class Nobody:
     """The collective of a rank alone."""
 
-    part, narrow, starts, threads = 0, False, True, False
+    part, narrow, starts, threads, bytes_sent = 0, False, True, False, 0
 
     def reduce_scatter(self, array, bounds, words=None):
         pass

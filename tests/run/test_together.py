@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from hpcmlp.comm import open_exchange
-from hpcmlp.comm.topology import Topology
 from hpcmlp.data.samples import Batch
 from hpcmlp.errors import DataError
 from hpcmlp.nn.initializers import initialize
@@ -64,11 +63,13 @@ def test_an_error_waits_for_the_last_turn():
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", ["ring", "shared"])
 @pytest.mark.parametrize("rows", [1, 2, 29])
-def test_gathered_layers_give_the_figures_of_one_rank(comm, name, rows):
+def test_gathered_layers_give_the_figures_of_one_rank(comm, name, rows, topology, given_back):
     ops, loss = HostOps(), Loss("softmax_cross_entropy")
     first = initialize(SPEC, 3, "auto", np.float32)
-    exchange = open_exchange(name, Topology(comm), sum(buffer_elements(SPEC)), np.float32)
+    exchange = open_exchange(name, topology, sum(buffer_elements(SPEC)), np.float32)
+    given_back(exchange.collective)
     network, strategy = open_sharded(exchange, SPEC, comm.size, ops, 4)
+    given_back(strategy, "finish")
     owned = np.zeros_like(strategy.params)
     for number, (start, stop) in enumerate(SPEC.layer_spans()):
         strategy.take_layer(number, first[start:stop], owned)

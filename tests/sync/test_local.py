@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from hpcmlp.comm import make_collective, make_ring
-from hpcmlp.comm.topology import Topology
+from hpcmlp.comm import make_ring
 from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import Average, make_optimizer
@@ -54,7 +53,7 @@ def first_params():
 class Alone:
     """The collective of one rank."""
 
-    part, narrow = 0, False
+    part, narrow, bytes_sent = 0, False, 0
 
     def empty(self, size, dtype):
         return np.zeros(size, dtype)
@@ -187,8 +186,8 @@ def assert_same_bits(comm, array):
 @pytest.mark.parametrize("outer", [None, OUTER], ids=["average", "diloco"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("name, whole", [("ring", False), ("shared", False), ("native", True)])
-def test_rounds_are_those_of_the_simulation(comm, name, whole, optimizer, outer):
-    step = make_step(make_collective(name, Topology(comm)), comm.size, 4, optimizer=optimizer, whole=whole, outer=outer,
+def test_rounds_are_those_of_the_simulation(comm, name, whole, optimizer, outer, opened):
+    step = make_step(opened(name), comm.size, 4, optimizer=optimizer, whole=whole, outer=outer,
                      ema=0.9, clip_norm=0.4)
     simulation = Simulation(comm.size, optimizer == "adamw", outer, ema=0.9, clip=0.4)
     since = np.zeros(comm.size)
@@ -231,9 +230,9 @@ def check_statistics(simulation, told):
 
 
 @pytest.mark.mpi
-def test_one_local_step_of_sgd_and_a_mean_is_the_synchronous_step(comm):
+def test_one_local_step_of_sgd_and_a_mean_is_the_synchronous_step(comm, opened):
     """mean(p - lr g_r) weighted by w_r is p - lr sum(w_r g_r) / sum(w_r): true without momentum, decay or clipping."""
-    ring = make_collective("ring", Topology(comm))
+    ring = opened("ring")
     local, synchronous = make_step(ring, comm.size, 1), make_step(ring, comm.size, None)
     for k in range(5):
         batch = Rows(*shares(comm.rank, comm.size), k)
@@ -260,9 +259,9 @@ def test_one_rank_has_the_bits_of_plain_steps(optimizer, local_steps):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("outer", [None, OUTER], ids=["average", "diloco"])
-def test_ranks_without_samples_do_not_count(comm, outer):
+def test_ranks_without_samples_do_not_count(comm, outer, opened):
     """Only the last rank has samples: the rounds are those of that rank alone."""
-    step = make_step(make_collective("ring", Topology(comm)), comm.size, 3, optimizer="adamw", outer=outer)
+    step = make_step(opened("ring"), comm.size, 3, optimizer="adamw", outer=outer)
     alone = make_step(Alone(), 1, 3, optimizer="adamw", outer=outer)
     last = comm.rank == comm.size - 1
     for k in range(6):
@@ -275,8 +274,8 @@ def test_ranks_without_samples_do_not_count(comm, outer):
 
 
 @pytest.mark.mpi
-def test_a_gradient_that_is_not_finite_leaves_one_step_of_one_rank_out(comm):
-    step = make_step(make_collective("shared", Topology(comm)), comm.size, 4, optimizer="adamw")
+def test_a_gradient_that_is_not_finite_leaves_one_step_of_one_rank_out(comm, opened):
+    step = make_step(opened("shared"), comm.size, 4, optimizer="adamw")
     simulation, ill = Simulation(comm.size, adam=True), comm.size - 1
     for k in range(4):
         batch = Rows(*shares(comm.rank, comm.size), k)
@@ -292,9 +291,9 @@ def test_a_gradient_that_is_not_finite_leaves_one_step_of_one_rank_out(comm):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("where", ["params", "v", "average"])
-def test_a_rank_that_is_not_finite_where_ranks_meet_takes_over_the_others(comm, where):
+def test_a_rank_that_is_not_finite_where_ranks_meet_takes_over_the_others(comm, where, opened):
     """One NaN in what a rank has: the round is that of the other ranks, and its state is theirs."""
-    step = make_step(make_collective("ring", Topology(comm)), comm.size, 2, optimizer="adamw", ema=0.9, outer=OUTER)
+    step = make_step(opened("ring"), comm.size, 2, optimizer="adamw", ema=0.9, outer=OUTER)
     simulation, ill = Simulation(comm.size, adam=True, outer=OUTER, ema=0.9), comm.size - 1
     step.run(Rows(*shares(comm.rank, comm.size), 0), 0, LR)
     simulation.step(0)
@@ -324,8 +323,8 @@ def test_a_rank_that_is_not_finite_where_ranks_meet_takes_over_the_others(comm, 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("broken", ["batches", "params"])
-def test_a_round_in_which_no_rank_counts_is_undone_everywhere(comm, broken):
-    step = make_step(make_collective("shared", Topology(comm)), comm.size, 2, optimizer="adamw", ema=0.5, outer=OUTER)
+def test_a_round_in_which_no_rank_counts_is_undone_everywhere(comm, broken, opened):
+    step = make_step(opened("shared"), comm.size, 2, optimizer="adamw", ema=0.5, outer=OUTER)
     for k in range(2):
         step.run(Rows(*shares(comm.rank, comm.size), k), k, LR)
     before, momentum = step.network.params.copy(), step.outer_optimizer.state["momentum"].copy()
@@ -348,16 +347,16 @@ def test_a_round_in_which_no_rank_counts_is_undone_everywhere(comm, broken):
 
 
 @pytest.mark.mpi
-def test_a_stop_asked_within_a_round_reaches_all_where_they_meet(comm):
-    step = make_step(make_collective("ring", Topology(comm)), comm.size, 3)
+def test_a_stop_asked_within_a_round_reaches_all_where_they_meet(comm, opened):
+    step = make_step(opened("ring"), comm.size, 3)
     stops = [step.run(Rows(*shares(comm.rank, comm.size), k), k, LR, stop=k >= 4 and comm.rank == comm.size - 1).stop
              for k in range(6)]
     assert stops == [False] * 5 + [True]
 
 
 @pytest.mark.mpi(min_size=2)
-def test_an_anchor_that_drifts_is_seen_by_all_where_they_meet(comm):
-    step = make_step(make_collective("ring", Topology(comm)), comm.size, 2)
+def test_an_anchor_that_drifts_is_seen_by_all_where_they_meet(comm, opened):
+    step = make_step(opened("ring"), comm.size, 2)
     if comm.rank == 1:
         step.outer.params.view(np.uint32)[5] ^= 1
     step.run(Rows(*shares(comm.rank, comm.size), 0), 0, LR, check=True)
@@ -366,9 +365,8 @@ def test_an_anchor_that_drifts_is_seen_by_all_where_they_meet(comm):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("wire", ["bf16", "int8"])
-def test_narrow_wires_round_what_the_ranks_have_moved(comm, wire):
-    ring = make_ring(comm, wire)
-    step = make_step(ring, comm.size, 4, optimizer="adamw", outer=OUTER)
+def test_narrow_wires_round_what_the_ranks_have_moved(comm, wire, given_back):
+    step = make_step(given_back(make_ring(comm, wire)), comm.size, 4, optimizer="adamw", outer=OUTER)
     simulation = Simulation(comm.size, adam=True, outer=OUTER)
     for k in range(12):
         step.run(Rows(*shares(comm.rank, comm.size), k), k, LR)
@@ -382,12 +380,11 @@ def test_narrow_wires_round_what_the_ranks_have_moved(comm, wire):
     step.settle()
     for array in step.optimizer.state.values():
         assert_same_bits(comm, array)
-    ring.free()
 
 
 @pytest.mark.mpi
-def test_bytes_fall_with_the_number_of_rounds(comm):
-    step = make_step(make_collective("native", Topology(comm)), comm.size, 4)
+def test_bytes_fall_with_the_number_of_rounds(comm, opened):
+    step = make_step(opened("native"), comm.size, 4)
     for k in range(8):
         step.run(Rows(*shares(comm.rank, comm.size), k), k, LR, want_norm=k == 7)
     told = step.statistics("float32")
@@ -399,7 +396,7 @@ def test_bytes_fall_with_the_number_of_rounds(comm):
 
 
 @pytest.mark.mpi
-def test_the_device_side_takes_the_same_rounds(comm):
+def test_the_device_side_takes_the_same_rounds(comm, opened):
     """DeviceOps over a NumPy array type of its own: messages are staged through host copies."""
     class DeviceArray(np.ndarray):
         """Stands in for a CuPy array."""
@@ -413,7 +410,7 @@ def test_the_device_side_takes_the_same_rounds(comm):
                 return found
             return lambda *a, **k: found(*a, **k).copy().view(DeviceArray)
 
-    step = make_step(make_collective("ring", Topology(comm)), comm.size, 4, optimizer="adamw", outer=OUTER,
+    step = make_step(opened("ring"), comm.size, 4, optimizer="adamw", outer=OUTER,
                      ops=DeviceOps(Module()))
     simulation = Simulation(comm.size, adam=True, outer=OUTER)
     for k in range(8):

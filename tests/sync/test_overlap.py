@@ -9,7 +9,6 @@ import pytest
 
 from hpcmlp.comm import make_collective, make_ring
 from hpcmlp.comm.shared import Shared
-from hpcmlp.comm.topology import Topology
 from hpcmlp.nn import network as network_module
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
@@ -19,7 +18,6 @@ from hpcmlp.ops.host import HostOps
 from hpcmlp.sync import buckets, make_strategy, plan
 from hpcmlp.sync.overlap import Progress, find_bucket_mb
 from hpcmlp.sync.step import Step, StepResult
-from tests.comm.test_shared import SplitTopology
 
 ROWS = 24
 SPEC = NetworkSpec((7, 200, 70, 3), "tanh", layer_norm=True)
@@ -63,16 +61,17 @@ def make_step(collective, size, overlap, *, bucket=300, spec=SPEC, optimizer="ad
     return Step(network, Loss("softmax_cross_entropy"), rule, strategy, ops, rows=ROWS, average=average, **options)
 
 
-def collectives(comm):
+@pytest.fixture
+def collectives(comm, topology, nodes_of):
     """Makers of everything that messages go through, with one node and with pretended ones."""
-    makers = {"ring": lambda: make_collective("ring", Topology(comm)), "bf16": lambda: make_ring(comm, "bf16"),
-              "int8": lambda: make_ring(comm, "int8"), "one node": lambda: Shared(Topology(comm))}
+    makers = {"ring": lambda: make_collective("ring", topology), "bf16": lambda: make_ring(comm, "bf16"),
+              "int8": lambda: make_ring(comm, "int8"), "one node": lambda: Shared(topology)}
     for per_node in range(1, comm.size):
         if comm.size % per_node == 0:
-            topology = SplitTopology(comm, per_node)
-            makers[f"nodes of {per_node}"] = lambda topology=topology: Shared(topology)
-            makers[f"nodes of {per_node}, bf16"] = lambda topology=topology: Shared(
-                topology, lambda cross: make_ring(cross, "bf16"))
+            nodes = nodes_of(per_node)
+            makers[f"nodes of {per_node}"] = lambda nodes=nodes: Shared(nodes)
+            makers[f"nodes of {per_node}, bf16"] = lambda nodes=nodes: Shared(
+                nodes, lambda cross: make_ring(cross, "bf16"))
     return makers
 
 
@@ -99,8 +98,8 @@ def facts(result):
     return {name: value for name, value in vars(result).items() if not name.endswith("_s") and name != "bytes_sent"}
 
 
-def check_same(comm, **options):
-    for name, make in collectives(comm).items():
+def check_same(comm, collectives, **options):
+    for name, make in collectives.items():
         plain, expected = train(comm, make, False, **options)
         got, flats = train(comm, make, True, **options)
         for k, (one, other) in enumerate(zip(plain, got, strict=True)):
@@ -122,28 +121,28 @@ OPTIONS = {
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("case", OPTIONS)
-def test_a_step_has_the_bits_of_the_plain_strategy(comm, case):
-    check_same(comm, **OPTIONS[case])
+def test_a_step_has_the_bits_of_the_plain_strategy(comm, case, collectives):
+    check_same(comm, collectives, **OPTIONS[case])
 
 
 @pytest.mark.mpi
-def test_gathers_that_end_between_two_steps_change_nothing(comm):
+def test_gathers_that_end_between_two_steps_change_nothing(comm, collectives):
     def disturb(comm, k, batch, step):
         if k == 2:
             step.strategy.whole(step.average.array)     # as a validation or a checkpoint does
         if k == 3:
             step.strategy.finish()
 
-    check_same(comm, disturb=disturb)
+    check_same(comm, collectives, disturb=disturb)
 
 
 @pytest.mark.mpi
-def test_one_rank_with_nan_makes_all_ranks_skip_and_nothing_of_it_stays(comm):
+def test_one_rank_with_nan_makes_all_ranks_skip_and_nothing_of_it_stays(comm, collectives):
     def disturb(comm, k, batch, step):
         if k == 1 and comm.rank == comm.size - 1:
             batch.source[:] = np.nan
 
-    for name, make in collectives(comm).items():
+    for name, make in collectives.items():
         before = train(comm, make, True, steps=1)[1]["params"]
         after = train(comm, make, True, steps=2, disturb=disturb)
         assert [r.skipped for r in after[0]] == [False, True], name
@@ -154,14 +153,14 @@ def test_one_rank_with_nan_makes_all_ranks_skip_and_nothing_of_it_stays(comm):
 
 
 @pytest.mark.mpi
-def test_a_library_that_lets_one_thread_in_is_served_between_the_layers(comm):
+def test_a_library_that_lets_one_thread_in_is_served_between_the_layers(comm, topology):
     def make():
-        ring = make_collective("ring", Topology(comm))
+        ring = make_collective("ring", topology)
         ring.threads = False
         return ring
 
     number = threading.active_count()
-    expected = train(comm, lambda: make_collective("ring", Topology(comm)), False)[1]
+    expected = train(comm, lambda: make_collective("ring", topology), False)[1]
     collective = make()
     step = make_step(collective, comm.size, True)
     assert threading.active_count() == number
@@ -173,8 +172,8 @@ def test_a_library_that_lets_one_thread_in_is_served_between_the_layers(comm):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_messages_move_while_nobody_asks(comm):
-    collective = make_collective("ring", Topology(comm))
+def test_messages_move_while_nobody_asks(comm, topology):
+    collective = make_collective("ring", topology)
     assert collective.threads   # the harness opens MPI as a run does
     progress, array = Progress(collective), np.ones(400_000, np.float32)
     bounds = buckets.part_bounds(array.size, comm.size)
@@ -212,8 +211,8 @@ def test_the_thread_ends_with_its_owner():
 
 
 @pytest.mark.mpi
-def test_times_are_told(comm):
-    collective = make_collective("ring", Topology(comm))
+def test_times_are_told(comm, topology):
+    collective = make_collective("ring", topology)
     step = make_step(collective, comm.size, True)
     began = time.perf_counter()
     results = [step.run(Rows(comm, k), k, 0.01) for k in range(4)]
@@ -233,9 +232,9 @@ def test_hidden_is_the_share_of_the_flight_that_was_not_waited_for():
 
 
 @pytest.mark.mpi
-def test_the_plan_of_a_step(comm):
+def test_the_plan_of_a_step(comm, topology):
     spec = NetworkSpec((7, 2000, 3))    # 23,000 parameters
-    ring, native = (make_collective(name, Topology(comm)) for name in ("ring", "native"))
+    ring, native = (make_collective(name, topology) for name in ("ring", "native"))
     alone = comm.size == 1
     planned = plan(spec, ring, comm.size, 1)
     assert (planned.overlap, planned.piece, planned.bucket_mb, len(planned.buckets)) == (False, None, 32.0, 1)

@@ -7,9 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hpcmlp.comm import make_collective
 from hpcmlp.comm.served import Roles, Served
-from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
@@ -52,7 +50,7 @@ class WholeLoader:
 class Alone:
     """The collective of one rank."""
 
-    part, size, narrow = 0, 1, False
+    part, size, narrow, bytes_sent = 0, 1, False, 0
 
     def reduce_scatter(self, array, bounds, words=None):
         pass
@@ -76,17 +74,25 @@ def make_alone(**options):
     return make_step(Alone(), one_bucket(SPEC.layout().size, Roles(1, 1)), 1, **options)
 
 
-def served_step(comm, servers, **options):
-    roles = Roles(servers, comm.size)
-    served = Served(comm, servers, segment_bytes=256)
-    return roles, make_step(served, one_bucket(SPEC.layout().size, roles), comm.size, **options)
+@pytest.fixture
+def served_step(comm, given_back):
+    """A function that returns the roles of the ranks and a step over `servers` of them."""
+    def make(servers, **options):
+        roles = Roles(servers, comm.size)
+        served = given_back(Served(comm, servers, segment_bytes=256))
+        return roles, make_step(served, one_bucket(SPEC.layout().size, roles), comm.size, **options)
+    return make
 
 
-def make_apart(comm, servers, staleness, *, staleness_lr=False, timeout_s=60.0, **options):
-    roles, step = served_step(comm, servers, **options)
-    tasks = Tasks(WholeLoader(), len(roles.workers)) if comm.rank in roles.workers else None
-    return Apart(comm, roles, step, tasks, staleness=staleness, staleness_lr=staleness_lr, timeout_s=timeout_s,
-                 learning_rate=lambda number: 0.01 / (1 + number // 10))
+@pytest.fixture
+def make_apart(comm, served_step, given_back):
+    """A function that returns the training out of step on `servers` servers."""
+    def make(servers, staleness, *, staleness_lr=False, timeout_s=60.0, **options):
+        roles, step = served_step(servers, **options)
+        tasks = Tasks(WholeLoader(), len(roles.workers)) if comm.rank in roles.workers else None
+        return given_back(Apart(comm, roles, step, tasks, staleness=staleness, staleness_lr=staleness_lr,
+                                timeout_s=timeout_s, learning_rate=lambda number: 0.01 / (1 + number // 10)))
+    return make
 
 
 def no_fault(first, last):
@@ -108,13 +114,13 @@ def everyone_has(comm, array):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("servers, steps", [(1, 200), (2, 40), (3, 40), ("all", 200)])
-def test_in_step_it_is_the_ring_to_rounding(comm, servers, steps):
+def test_in_step_it_is_the_ring_to_rounding(comm, servers, steps, opened, served_step):
     servers = comm.size if servers == "all" else servers
     if servers > comm.size:
         pytest.skip("more servers than ranks")
-    roles, step = served_step(comm, servers, clip_norm=0.5)
+    roles, step = served_step(servers, clip_norm=0.5)
     share = roles.share(comm.rank)
-    ring = make_collective("ring", Topology(comm))
+    ring = opened("ring")
     other = make_step(ring, cut(SPEC.layout().size, SPEC.layer_starts(), 300, comm.size), comm.size, clip_norm=0.5)
     for k in range(steps):
         number, count = share or (0, ROWS + 1)
@@ -125,8 +131,6 @@ def test_in_step_it_is_the_ring_to_rounding(comm, servers, steps):
         assert result.loss == pytest.approx(theirs.loss, rel=1e-4)
     np.testing.assert_allclose(step.network.params, other.network.params, rtol=2e-3, atol=2e-4)
     assert everyone_has(comm, step.network.params)
-    ring.free()
-    step.strategy.collective.free()
 
 
 # ---- out of step
@@ -134,10 +138,10 @@ def test_in_step_it_is_the_ring_to_rounding(comm, servers, steps):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("staleness", [1, 2, math.inf])
 @pytest.mark.parametrize("servers", [1, 2, 3])
-def test_every_task_counts_once_and_all_ranks_end_alike(comm, servers, staleness):
+def test_every_task_counts_once_and_all_ranks_end_alike(comm, servers, staleness, make_apart):
     if servers >= comm.size:
         pytest.skip("no worker left")
-    apart = make_apart(comm, servers, staleness)
+    apart = make_apart(servers, staleness)
     random = np.random.default_rng(comm.rank)
     slow = 4.0 if comm.rank == comm.size - 1 else 1.0
 
@@ -159,16 +163,15 @@ def test_every_task_counts_once_and_all_ranks_end_alike(comm, servers, staleness
         assert max(map(int, report["staleness"])) <= staleness
         assert {w["rank"] for w in report["workers"]} <= set(range(servers, comm.size))
         assert report["bytes_pushed"] == report["bytes_pulled"] == 17 * workers * 4 * SPEC.layout().size
-    apart.free()
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("options", [{}, {"staleness_lr": True}, {"clip_norm": 0.02}])
 @pytest.mark.parametrize("servers", [1, 2])
-def test_a_replay_of_what_server_0_decided_gives_the_same_parameters(comm, servers, options):
+def test_a_replay_of_what_server_0_decided_gives_the_same_parameters(comm, servers, options, make_apart):
     if servers >= comm.size:
         pytest.skip("no worker left")
-    apart = make_apart(comm, servers, math.inf, **options)
+    apart = make_apart(servers, math.inf, **options)
     decided, add = [], apart.ledger.add
 
     def recording(worker):
@@ -208,12 +211,11 @@ def test_a_replay_of_what_server_0_decided_gives_the_same_parameters(comm, serve
             versions.append(alone.network.params.copy())
         np.testing.assert_allclose(apart.step.network.params, versions[-1], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(average, alone.average.array, rtol=1e-3, atol=1e-4)
-    apart.free()
 
 
 @pytest.mark.mpi(min_size=2)
-def test_one_worker_takes_the_steps_of_one_rank(comm):
-    apart, alone = make_apart(comm, comm.size - 1, 3), make_alone()
+def test_one_worker_takes_the_steps_of_one_rank(comm, make_apart):
+    apart, alone = make_apart(comm.size - 1, 3), make_alone()
     losses = []
     run(apart, 0, 12, on_step=lambda number, result, seconds: losses.append(result.loss))
     want = [alone.run(Rows(0, ROWS, k), k, 0.01 / (1 + k // 10)).loss for k in range(12)]
@@ -221,15 +223,14 @@ def test_one_worker_takes_the_steps_of_one_rank(comm):
         assert losses == pytest.approx(want, rel=1e-5)
     apart.step.strategy.share()
     np.testing.assert_allclose(apart.step.network.params, alone.network.params, rtol=1e-5, atol=1e-6)
-    apart.free()
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("servers, staleness", [(1, 1), (2, 2), (1, math.inf)])
-def test_ten_thousand_messages_in_a_random_schedule_finish(comm, servers, staleness):
+def test_ten_thousand_messages_in_a_random_schedule_finish(comm, servers, staleness, make_apart):
     if servers >= comm.size:
         pytest.skip("no worker left")
-    apart = make_apart(comm, servers, staleness)
+    apart = make_apart(servers, staleness)
     random = np.random.default_rng([comm.rank, servers])
     tasks = []
     if apart.tasks is not None:
@@ -249,12 +250,11 @@ def test_ten_thousand_messages_in_a_random_schedule_finish(comm, servers, stalen
         apart.step.strategy.share()
     done = sorted(task for own in comm.allgather(tasks) for task in own)
     assert done == list(range(3 * steps * (comm.size - servers))) and len(done) * per_task >= 10_000
-    apart.free()
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_stop_asked_by_one_worker_ends_the_stretch_for_all_at_one_step(comm):
-    apart = make_apart(comm, 1, 2)
+def test_a_stop_asked_by_one_worker_ends_the_stretch_for_all_at_one_step(comm, make_apart):
+    apart = make_apart(1, 2)
     asked = []
 
     def wants_stop():
@@ -272,13 +272,12 @@ def test_a_stop_asked_by_one_worker_ends_the_stretch_for_all_at_one_step(comm):
     apart.step.strategy.share()
     again = run(apart, came.version, came.version + 3)
     assert again.version == came.version + 3 and not again.stop
-    apart.free()
 
 
 @pytest.mark.mpi(min_size=2)
-def test_numbers_that_are_not_finite_skip_the_update_on_all_servers(comm):
+def test_numbers_that_are_not_finite_skip_the_update_on_all_servers(comm, make_apart):
     servers = max(1, comm.size - 2)
-    apart = make_apart(comm, servers, 1)
+    apart = make_apart(servers, 1)
     if apart.tasks is not None:
         good = apart.tasks.task
 
@@ -292,7 +291,6 @@ def test_numbers_that_are_not_finite_skip_the_update_on_all_servers(comm):
     apart.step.strategy.share()
     assert came.version == 6 and 1 <= came.skipped <= 2 and came.skips == 0
     assert np.isfinite(apart.step.network.params).all() and everyone_has(comm, apart.step.network.params)
-    apart.free()
 
 
 # ---- options and descriptions

@@ -6,9 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from hpcmlp.comm import make_collective
 from hpcmlp.comm.shared import Shared
-from hpcmlp.comm.topology import Topology
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
@@ -41,25 +39,22 @@ def own(comm, number=0):
     return Rows(comm.rank * ROWS // comm.size, (comm.rank + 1) * ROWS // comm.size, number)
 
 
-class Nodes:
-    """A topology that pretends that every two ranks are a node, or every rank where their number is odd."""
+@pytest.fixture
+def make(comm, opened, nodes_of, given_back):
+    """A function that returns a planned step; the unsharded one has one bucket a layer, for sums of the same order.
 
-    def __init__(self, comm):
-        per_node = 2 - comm.size % 2
-        self.comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.node = comm.Split(comm.rank // per_node, comm.rank)
-        self.local_rank, self.local_size = self.node.rank, self.node.size
-        self.cross = comm.Split(self.local_rank, comm.rank)
-        self.cross_rank, self.cross_size, self.num_nodes = self.cross.rank, self.cross.size, comm.size // per_node
-
-
-def open_collective(comm, name):
-    return Shared(Nodes(comm)) if name == "nodes" else make_collective(name, Topology(comm))
+    "nodes" pretend that every two ranks are a node, or every rank where their number is odd.
+    """
+    def make_step(name, *arguments, **options):
+        collective = given_back(Shared(nodes_of(2 - comm.size % 2))) if name == "nodes" else opened(name)
+        step = make_over(comm, collective, *arguments, **options)
+        given_back(step.strategy, "finish")     # a gathering is under way after every step
+        return step
+    return make_step
 
 
-def make(comm, name, sharded, *, spec=SPEC, optimizer="adamw", recompute=False, rows=None, **options):
-    """Return a planned step; the unsharded one has one bucket per layer, which gives its sums the same order."""
-    collective, ops, layout = open_collective(comm, name), HostOps(), spec.layout()
+def make_over(comm, collective, sharded, *, spec=SPEC, optimizer="adamw", recompute=False, rows=None, **options):
+    ops, layout = HostOps(), spec.layout()
     start = initialize(spec, 3, "auto", np.float32)
     if sharded:
         size = sum(buffer_elements(spec))
@@ -102,8 +97,8 @@ def assert_same_bits(comm, one, other, steps=4, batch=own):
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("optimizer", sorted(RULES))
-def test_it_takes_the_bits_of_the_unsharded_step(comm, name, optimizer):
-    steps = [make(comm, name, sharded, optimizer=optimizer, clip_norm=0.5) for sharded in (True, False)]
+def test_it_takes_the_bits_of_the_unsharded_step(comm, name, optimizer, make):
+    steps = [make(name, sharded, optimizer=optimizer, clip_norm=0.5) for sharded in (True, False)]
     if optimizer in ("lamb", "lars"):       # their sums over owners begin anew in each range
         for k in range(4):
             losses = [step.run(own(comm, k), k, 0.01).loss for step in steps]
@@ -117,10 +112,10 @@ def test_it_takes_the_bits_of_the_unsharded_step(comm, name, optimizer):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("hidden", [(), (5,), (5, 9), (16, 16, 16), (9, 9, 5, 31), (8,) * 9])
 @pytest.mark.parametrize("form", [{}, {"layer_norm": True}, {"residual": True, "dropout": 0.3}])
-def test_any_number_of_layers_with_and_without_recomputation(comm, name, hidden, form):
+def test_any_number_of_layers_with_and_without_recomputation(comm, name, hidden, form, make):
     """The ranks wait at random places: a buffer filled too early would be seen."""
     spec = NetworkSpec((7, *hidden, 3), "relu", **form)
-    step, other = (make(comm, name, sharded, spec=spec, recompute=sharded, seed=4) for sharded in (True, False))
+    step, other = (make(name, sharded, spec=spec, recompute=sharded, seed=4) for sharded in (True, False))
     waits = random.Random(comm.rank)
     through = step.network._through
 
@@ -136,10 +131,10 @@ def test_any_number_of_layers_with_and_without_recomputation(comm, name, hidden,
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("hidden", [(9,), (9, 11), (9, 11, 5)])
-def test_ranks_may_look_at_other_parameters_for_a_while(comm, name, hidden):
+def test_ranks_may_look_at_other_parameters_for_a_while(comm, name, hidden, make):
     """Forward alone, again and again, with odd and even numbers of layers, and every rank at its own speed."""
     spec = NetworkSpec((7, *hidden, 3), "gelu")
-    step, other = (make(comm, name, sharded, spec=spec) for sharded in (True, False))
+    step, other = (make(name, sharded, spec=spec) for sharded in (True, False))
     for k in range(2):
         for one in (step, other):
             one.run(own(comm, k), k, 0.01)
@@ -163,8 +158,8 @@ def test_ranks_may_look_at_other_parameters_for_a_while(comm, name, hidden):
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("micro_batches", [3, 8])
-def test_micro_batches_agree_to_rounding(comm, name, micro_batches):
-    step, other = (make(comm, name, sharded, micro_batches=micro_batches) for sharded in (True, False))
+def test_micro_batches_agree_to_rounding(comm, name, micro_batches, make):
+    step, other = (make(name, sharded, micro_batches=micro_batches) for sharded in (True, False))
     for k in range(5):
         losses = [one.run(own(comm, k), k, 0.01).loss for one in (step, other)]
         assert losses[0] == pytest.approx(losses[1], rel=2e-6)
@@ -173,8 +168,8 @@ def test_micro_batches_agree_to_rounding(comm, name, micro_batches):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("name", NAMES)
-def test_ranks_without_samples_and_numbers_that_are_not_finite(comm, name):
-    step, other = (make(comm, name, sharded, rows=ROWS) for sharded in (True, False))
+def test_ranks_without_samples_and_numbers_that_are_not_finite(comm, name, make):
+    step, other = (make(name, sharded, rows=ROWS) for sharded in (True, False))
     last = comm.size - 1
     assert_same_bits(comm, step, other, 2, lambda comm, k: Rows(0, ROWS if comm.rank == last else 0, k))
     batch = own(comm, 7)
@@ -187,8 +182,8 @@ def test_ranks_without_samples_and_numbers_that_are_not_finite(comm, name):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_step_gathers_twice_and_reduces_once(comm):
-    step = make(comm, "ring", True)
+def test_a_step_gathers_twice_and_reduces_once(comm, make):
+    step = make("ring", True)
     sent, ring = {"start_all_gather": 0, "start_reduce_scatter": 0}, step.strategy.collective
 
     def counting(name, start):

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from hpcmlp.comm import make_collective, make_ring, open_exchange
+from hpcmlp.comm import make_ring, open_exchange
 from hpcmlp.comm.shared import Shared
-from hpcmlp.comm.topology import Topology
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
@@ -38,7 +37,7 @@ class Rows:
 class Alone:
     """The collective of one rank."""
 
-    part = 0
+    part = bytes_sent = 0
     narrow = False
 
     def empty(self, size, dtype):
@@ -83,8 +82,8 @@ def reference(steps, **options):
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", ["ring", "shared", "native"])
 @pytest.mark.parametrize("optimizer", sorted(RULES))
-def test_ranks_take_the_step_of_one_rank(comm, name, whole, optimizer):
-    step = make_step(make_collective(name, Topology(comm)), comm.size, whole=whole, optimizer=optimizer)
+def test_ranks_take_the_step_of_one_rank(comm, name, whole, optimizer, opened):
+    step = make_step(opened(name), comm.size, whole=whole, optimizer=optimizer)
     alone, losses = reference(5, optimizer=optimizer)
     for k in range(5):
         result = step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01, check=True)
@@ -98,8 +97,8 @@ def test_ranks_take_the_step_of_one_rank(comm, name, whole, optimizer):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_sliced_and_whole_updates_give_the_same_bits(comm, optimizer):
-    ring = make_collective("ring", Topology(comm))
+def test_sliced_and_whole_updates_give_the_same_bits(comm, optimizer, opened):
+    ring = opened("ring")
     results = []
     for whole in (False, True):
         step = make_step(ring, comm.size, whole=whole, optimizer=optimizer)
@@ -114,9 +113,8 @@ def test_sliced_and_whole_updates_give_the_same_bits(comm, optimizer):
 @pytest.mark.mpi
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("wire", ["bf16", "float16", "int8"])
-def test_narrow_wires_keep_replicas_equal_and_train_like_float32(comm, wire, whole):
-    ring = make_ring(comm, wire)
-    step = make_step(ring, comm.size, whole=whole)
+def test_narrow_wires_keep_replicas_equal_and_train_like_float32(comm, wire, whole, given_back):
+    step = make_step(given_back(make_ring(comm, wire)), comm.size, whole=whole)
     got = []
     for k in range(60):
         result = step.run(Rows(*own_slice(comm), k % 5, weighted=True), k, 0.01, check=True)
@@ -129,28 +127,20 @@ def test_narrow_wires_keep_replicas_equal_and_train_like_float32(comm, wire, who
     everyone = np.empty((comm.size, step.network.params.size), np.float32)
     comm.Allgather(step.network.params, everyone)
     assert (everyone.view(np.uint32) == everyone.view(np.uint32)[0]).all()
-    ring.free()
 
 
-class OneRankNodes(Topology):
-    """A topology that pretends that every rank is a node of its own."""
-
-    def __init__(self, comm):
-        super().__init__(comm)
-        super().free()
-        self.node, self.cross = comm.Split(comm.rank, 0), comm.Dup()
-        self.local_rank, self.local_size, self.num_nodes = 0, 1, comm.size
-        self.cross_rank, self.cross_size = comm.rank, comm.size
-
-
-NARROW = {"ring": lambda comm: make_ring(comm, "bf16"),
-          "shared": lambda comm: Shared(OneRankNodes(comm), lambda cross: make_ring(cross, "bf16"))}
+@pytest.fixture(params=["ring", "shared"])
+def narrow(request, comm, nodes_of, given_back):
+    """A function that opens collectives with bf16 on the wire: between ranks, or between nodes of one rank each."""
+    def open_narrow():
+        return given_back(make_ring(comm, "bf16") if request.param == "ring" else
+                          Shared(nodes_of(1), lambda cross: make_ring(cross, "bf16")))
+    return open_narrow
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("name", NARROW)
-def test_replicas_stay_within_a_rounding_of_the_masters_and_a_skipped_step_changes_neither(comm, name):
-    step = make_step(NARROW[name](comm), comm.size)
+def test_replicas_stay_within_a_rounding_of_the_masters_and_a_skipped_step_changes_neither(comm, narrow):
+    step = make_step(narrow(), comm.size)
     strategy, params = step.strategy, step.network.params
     assert isinstance(strategy, NarrowUpdate)
     for k in range(10):
@@ -172,9 +162,8 @@ def test_replicas_stay_within_a_rounding_of_the_masters_and_a_skipped_step_chang
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("name", NARROW)
-def test_what_a_strategy_carries_makes_another_one_go_on_with_the_same_bits(comm, name):
-    first, second = (make_step(NARROW[name](comm), comm.size, optimizer="sgd") for _ in range(2))
+def test_what_a_strategy_carries_makes_another_one_go_on_with_the_same_bits(comm, narrow, opened):
+    first, second = (make_step(narrow(), comm.size, optimizer="sgd") for _ in range(2))
     for k in range(5):
         first.run(Rows(*own_slice(comm), k), k, 0.05)
     carried = first.strategy.carried()
@@ -187,15 +176,15 @@ def test_what_a_strategy_carries_makes_another_one_go_on_with_the_same_bits(comm
         np.testing.assert_array_equal(first.network.params, second.network.params)
     for name, flat in second.strategy.carried().items():
         np.testing.assert_array_equal(flat, first.strategy.carried()[name])
-    plain = make_step(make_collective("ring", Topology(comm)), comm.size)
+    plain = make_step(opened("ring"), comm.size)
     plain.strategy.take_up(carried)     # in float32 the masters are the parameters
     np.testing.assert_array_equal(plain.network.params, carried["master"])
 
 
 @pytest.mark.mpi
-def test_micro_batches_and_clipping_do_not_depend_on_the_ranks(comm):
+def test_micro_batches_and_clipping_do_not_depend_on_the_ranks(comm, opened):
     options = {"micro_batches": 3, "clip_norm": 0.05}
-    step = make_step(make_collective("ring", Topology(comm)), comm.size, **options)
+    step = make_step(opened("ring"), comm.size, **options)
     alone, _ = reference(3, **options)
     for k in range(3):
         result = step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01)
@@ -204,17 +193,17 @@ def test_micro_batches_and_clipping_do_not_depend_on_the_ranks(comm):
 
 
 @pytest.mark.mpi
-def test_dropout_masks_do_not_depend_on_the_ranks(comm):
+def test_dropout_masks_do_not_depend_on_the_ranks(comm, opened):
     spec = NetworkSpec((7, 19, 3), "relu", dropout=0.4)
-    step = make_step(make_collective("ring", Topology(comm)), comm.size, spec=spec, seed=5)
+    step = make_step(opened("ring"), comm.size, spec=spec, seed=5)
     alone, losses = reference(4, spec=spec, seed=5)
     got = [step.run(Rows(*own_slice(comm), k, weighted=True), k, 0.01).loss for k in range(4)]
     np.testing.assert_allclose(got, losses, rtol=2e-5)
 
 
 @pytest.mark.mpi
-def test_one_rank_with_nan_makes_all_ranks_skip_alike(comm):
-    step = make_step(make_collective("ring", Topology(comm)), comm.size)
+def test_one_rank_with_nan_makes_all_ranks_skip_alike(comm, opened):
+    step = make_step(opened("ring"), comm.size)
     before = step.network.params.copy()
     batch = Rows(*own_slice(comm))
     if comm.rank == comm.size - 1:
@@ -227,8 +216,8 @@ def test_one_rank_with_nan_makes_all_ranks_skip_alike(comm):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_replica_that_drifts_is_seen_by_all_at_the_next_check(comm):
-    step = make_step(make_collective("ring", Topology(comm)), comm.size)
+def test_a_replica_that_drifts_is_seen_by_all_at_the_next_check(comm, opened):
+    step = make_step(opened("ring"), comm.size)
     step.run(Rows(*own_slice(comm)), 0, 0.01, check=True)
     if comm.rank == 1:
         step.network.params.view(np.uint32)[5] ^= 1
@@ -237,17 +226,17 @@ def test_a_replica_that_drifts_is_seen_by_all_at_the_next_check(comm):
 
 
 @pytest.mark.mpi
-def test_a_stop_asked_by_one_rank_reaches_all_in_the_same_step(comm):
-    step = make_step(make_collective("ring", Topology(comm)), comm.size)
+def test_a_stop_asked_by_one_rank_reaches_all_in_the_same_step(comm, opened):
+    step = make_step(opened("ring"), comm.size)
     assert not step.run(Rows(*own_slice(comm)), 0, 0.01).stop
     assert step.run(Rows(*own_slice(comm)), 1, 0.01, stop=comm.rank == comm.size - 1).stop
     assert not step.run(Rows(*own_slice(comm)), 2, 0.01).stop
 
 
 @pytest.mark.mpi
-def test_ranks_without_samples_take_part(comm):
+def test_ranks_without_samples_take_part(comm, opened):
     """Only the last rank has samples: the others' empty batches are ordinary."""
-    step = make_step(make_collective("ring", Topology(comm)), comm.size)
+    step = make_step(opened("ring"), comm.size)
     alone, losses = reference(2)
     last = comm.rank == comm.size - 1
     for k in range(2):
@@ -258,7 +247,7 @@ def test_ranks_without_samples_take_part(comm):
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("whole, wire", [(False, "float32"), (True, "float32"), (False, "float16")])
-def test_the_device_side_takes_the_same_steps(comm, whole, wire):
+def test_the_device_side_takes_the_same_steps(comm, whole, wire, given_back):
     """DeviceOps over a NumPy array type of its own: staged messages, rows picked on the host, targets brought over."""
     class DeviceArray(np.ndarray):
         """Stands in for a CuPy array."""
@@ -272,7 +261,7 @@ def test_the_device_side_takes_the_same_steps(comm, whole, wire):
                 return found
             return lambda *a, **k: found(*a, **k).copy().view(DeviceArray)
 
-    ring = make_ring(comm, wire)
+    ring = given_back(make_ring(comm, wire))
     ops = DeviceOps(Module())
     layout = SPEC.layout()
     network = Network(SPEC, ops, ROWS)
@@ -293,7 +282,8 @@ def test_the_device_side_takes_the_same_steps(comm, whole, wire):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("name", ("ring", "shared"))
 @pytest.mark.parametrize("missing", (None, "arrival", "settle"))
-def test_buckets_are_staged_beside_each_other_and_a_wait_that_is_missing_shows(comm, name, missing, monkeypatch):
+def test_buckets_are_staged_beside_each_other_and_a_wait_that_is_missing_shows(comm, name, missing, monkeypatch,
+                                                                               topology):
     """`staging.Late` copies as late as it may; the sums and the parameters are those of plain sums, or not numbers."""
     if missing == "settle":
         monkeypatch.setattr(Late, "settle", lambda stage: None)
@@ -301,7 +291,7 @@ def test_buckets_are_staged_beside_each_other_and_a_wait_that_is_missing_shows(c
         fetch = Late.fetch
         monkeypatch.setattr(Late, "fetch", lambda stage, *piece: fetch(stage, *piece) and int)
     size, length = comm.size, 1000
-    exchange = open_exchange(name, Topology(comm), length, np.float32)
+    exchange = open_exchange(name, topology, length, np.float32)
     params, grads = np.zeros(length, np.float32), np.arange(length, dtype=np.float32) * (comm.rank + 1)
     buckets = cut_evenly(length, 128 * 4 / 2**20, size)
     assert len(buckets) == 7
