@@ -1,8 +1,9 @@
 """Arrays between ranks: topology, collectives by our ring, by node memory or by the MPI library."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,7 +16,56 @@ from hpcmlp.traffic import CROSS_SEGMENT_BYTES, SEGMENT_BYTES, check_wire, small
 COLLECTIVES = ("ring", "shared", "native")    # those that need no further choice
 
 
-def make_collective(name: str, topology: Topology) -> Any:
+class Collective(Protocol):
+    """What every way of adding and copying arrays between ranks does; each class says where it does otherwise.
+
+    Arrays are 1-D, contiguous, float32 or float64, of the same length and dtype on all ranks. `bounds` are (size+1,)
+    ascending element offsets, the same on all ranks, of one part per rank; parts may be empty. `words` are (W,) float64
+    or None, and are summed over the ranks, with the same bits on all of them. Results stand in place. All methods are
+    collective over the ranks that it was made for, but those that are called local.
+
+    Attributes
+    ----------
+    part : which part of the bounds this rank gets; its rank, where memory of the node sets no other order.
+    starts : whether there are `start_reduce_scatter` and `start_all_gather`, which return at once, to `wait()` for.
+    narrow : whether float32 arrays are rounded on their way: then there are `gather_towards` and `settle`.
+    threads : whether another thread may call `advance`, in turn.
+    bytes_sent : by this rank so far, in reductions and gatherings; None where the MPI library sends by its own rules.
+    """
+
+    part: int
+    starts: bool
+    narrow: bool
+    threads: bool
+    bytes_sent: int | None
+
+    def empty(self, size: int, dtype: Any) -> np.ndarray:
+        """Return a zeroed (size,) array of this rank, 64-byte aligned, that the methods handle well."""
+
+    def common(self, size: int, dtype: Any) -> np.ndarray:
+        """Return a zeroed (size,) array for what is the same on all ranks: once per node where they share memory."""
+
+    def reduce_scatter(self, array: np.ndarray, bounds: Sequence[int] | np.ndarray,
+                       words: np.ndarray | None = None) -> None:
+        """Sum over the ranks; this rank gets the sum of part `part`, `array[bounds[part]:bounds[part+1]]`.
+
+        What lies between the bounds but outside the own part holds partial sums or anything afterwards.
+        """
+
+    def all_gather(self, array: np.ndarray, bounds: Sequence[int] | np.ndarray) -> None:
+        """Copy every rank's part to all ranks."""
+
+    def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
+        """Replace `array` by its sum over the ranks, with the same bits on all of them."""
+
+    def broadcast(self, array: np.ndarray, root: int = 0) -> None:
+        """Copy `array` (contiguous, any dtype) of rank `root` to all ranks."""
+
+    def free(self) -> None:
+        """Give everything back: communicators, memory of the node, prepared messages."""
+
+
+def make_collective(name: str, topology: Topology) -> Collective:
     """Return the collectives called `name` over all ranks.
 
     Collective over `topology.comm`. Raises ConfigError when there are none of that name, SharedUnavailable (on all
@@ -41,7 +91,7 @@ class Exchange:
     """
 
     name: str
-    collective: Any
+    collective: Collective
     params: np.ndarray
     grads: np.ndarray
     wire: str = "float32"
@@ -125,7 +175,7 @@ def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool
     if wire != "float32" and (topology.size == 1 or name == "shared" and topology.num_nodes == 1):
         note, wire = _idle(wire, "there is one rank" if topology.size == 1 else "all ranks share one node"), "float32"
     if name == "shared":
-        collective: Any = Shared(topology, partial(make_ring, wire=wire, segment_bytes=CROSS_SEGMENT_BYTES))
+        collective: Collective = Shared(topology, partial(make_ring, wire=wire, segment_bytes=CROSS_SEGMENT_BYTES))
     elif name == "server":
         from hpcmlp.comm.served import Served  # few runs want it
         collective = Served(topology.comm, servers)
@@ -142,6 +192,6 @@ def _idle(wire: str, why: str) -> str:
     return f"wire {wire} has nothing to act on: {why}, so no gradient crosses a network"
 
 
-def _vectors(collective: Any, size: int, dtype: Any, own_params: bool) -> tuple[np.ndarray, np.ndarray]:
+def _vectors(collective: Collective, size: int, dtype: Any, own_params: bool) -> tuple[np.ndarray, np.ndarray]:
     params = collective.empty(size, dtype) if own_params else collective.common(size, dtype)
     return params, collective.empty(size, dtype)

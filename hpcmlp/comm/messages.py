@@ -179,6 +179,16 @@ def pieces(array: np.ndarray, limit_bytes: int = LIMIT_BYTES) -> Iterator[np.nda
         yield flat[start:start + count]
 
 
+def cut_parts(array: np.ndarray, bounds: list[int], size: int, segment_bytes: int) -> list[list[np.ndarray]]:
+    """Return the pieces, of `segment_bytes` at most, of every rank's part of an array of `comm.Collective`. Local.
+
+    Alike on all ranks. What is no such array, or no bounds of `size` parts within it, is our own fault: AssertionError.
+    """
+    assert array.ndim == 1 and array.flags.c_contiguous and array.dtype.char in "fd"
+    assert len(bounds) == size + 1 and 0 <= bounds[0] and bounds[-1] <= array.size
+    return [list(pieces(array[start:stop], segment_bytes)) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
 def _as_bytes(array: np.ndarray) -> np.ndarray:
     assert array.flags.c_contiguous, "a copy would be filled in place of the array"
     return array.reshape(-1).view(np.uint8)

@@ -12,35 +12,33 @@ Bounds = Sequence[int] | np.ndarray
 
 
 class Native:
-    """Collectives on 1-D float32 or float64 arrays, by MPI_Reduce_scatter, MPI_Allgatherv and MPI_Allreduce.
+    """`comm.Collective` by MPI_Reduce_scatter, MPI_Allgatherv and MPI_Allreduce.
 
-    Collective over `comm`, which is duplicated. Parameters and results of the methods are those of `Ring`. The same
-    bits on all ranks rest on the library: MPI recommends it and the common ones keep to it.
+    Collective over `comm`, which is duplicated. The same bits on all ranks rest on the library: MPI recommends it and
+    the common ones keep to it.
     """
 
     starts = narrow = threads = False
+    bytes_sent = None   # how often the library sends what it is given is its own affair
 
     def __init__(self, comm: MPI.Intracomm, limit_bytes: int = LIMIT_BYTES):
         self.comm = comm.Dup()
-        self.rank = self.part = comm.rank    # part: which part of the bounds this rank gets
+        self.rank = self.part = comm.rank
         self.size = comm.size
         self.limit_bytes = limit_bytes
         self._work = np.empty(0, np.uint8)
         self._bins = np.empty((num_bins(self.size), 0))
 
     def empty(self, size: int, dtype: np.dtype | type) -> np.ndarray:
-        """Return a zeroed (size,) array of this rank, 64-byte aligned, that the collectives handle well. Local."""
+        """As `Collective.empty`. Local."""
         return aligned_zeros(size, dtype)
 
     def common(self, size: int, dtype: np.dtype | type) -> np.ndarray:
-        """Return a zeroed (size,) array for what is the same on all ranks; here every rank has its own. Local."""
+        """As `Collective.common`; every rank has its own. Local."""
         return aligned_zeros(size, dtype)
 
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
-        """Sum over the ranks; rank r gets the sum of its part, `array[bounds[r]:bounds[r+1]]`, in place.
-
-        Collective over `comm`.
-        """
+        """As `Collective.reduce_scatter`. Collective over `comm`."""
         if self.size == 1:
             return
         if words is not None:
@@ -58,10 +56,7 @@ class Native:
         own[:] = work
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
-        """Copy every rank's part, `array[bounds[r]:bounds[r+1]]`, to all ranks, in place.
-
-        Collective over `comm`.
-        """
+        """As `Collective.all_gather`. Collective over `comm`."""
         if self.size == 1:
             return
         bounds = [int(bound) for bound in bounds]
@@ -73,10 +68,7 @@ class Native:
         self.comm.Allgatherv(MPI.IN_PLACE, [array, counts, bounds[:-1], MPI._typedict[array.dtype.char]])
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
-        """Replace `array` by its sum over the ranks; `words` likewise.
-
-        Collective over `comm`.
-        """
+        """As `Collective.all_reduce`. Collective over `comm`."""
         if self.size == 1:
             return
         sum_in_place(self.comm, array, self.limit_bytes)
@@ -91,17 +83,11 @@ class Native:
         """Return: ranks have no common memory here. Local."""
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
-        """Copy `array` (contiguous, any dtype) of rank `root` to all ranks, in place.
-
-        Collective over `comm`.
-        """
+        """As `Collective.broadcast`. Collective over `comm`."""
         broadcast(self.comm, array, root, self.limit_bytes)
 
     def free(self) -> None:
-        """Give everything back.
-
-        Collective over `comm`.
-        """
+        """As `Collective.free`. Collective over `comm`."""
         self.comm.Free()
 
     def _sum_words(self, words: np.ndarray) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmlp.comm.exact_sum import join, num_bins, split
-from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, pieces
+from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, cut_parts, pieces
 from hpcmlp.traffic import REDUCE_SHARE, SEGMENT_BYTES, least_bytes, small_limit, together_sends
 
 DEPTH = 2           # segments that may be on their way to this rank at once
@@ -42,7 +42,7 @@ Bounds = Sequence[int] | np.ndarray
 
 
 class Ring:
-    """Collectives on 1-D float32 or float64 arrays, by messages between neighbours in the ring.
+    """`comm.Collective` by messages between neighbours in the ring.
 
     Collective over `comm`, which is duplicated. Messages for an array and its bounds are prepared at the first call
     and kept (persistent requests, work buffers), so a steady step allocates nothing; the ring therefore holds a
@@ -56,13 +56,13 @@ class Ring:
         `small_limit` between nodes.
     """
 
-    starts = True       # collectives can be started and waited for
-    narrow = False      # whether float32 arrays are rounded on their way: then there is `gather_towards` and `settle`
+    starts = True
+    narrow = False
 
     def __init__(self, comm: MPI.Intracomm, segment_bytes: int = SEGMENT_BYTES, limit_bytes: int = LIMIT_BYTES,
                  small_bytes: int | None = None):
         self.comm = comm.Dup()
-        self.rank = self.part = comm.rank    # part: which part of the bounds this rank gets
+        self.rank = self.part = comm.rank
         self.size = comm.size
         self.segment_bytes = min(segment_bytes, limit_bytes)
         self.threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED    # another thread may call `advance`, in turn
@@ -76,26 +76,15 @@ class Ring:
         self._small_bytes = min(small_limit(self.size) if small_bytes is None else small_bytes, limit_bytes)
 
     def empty(self, size: int, dtype: np.dtype | type) -> np.ndarray:
-        """Return a zeroed (size,) array of this rank, 64-byte aligned, that the collectives handle well. Local."""
+        """As `Collective.empty`. Local."""
         return aligned_zeros(size, dtype)
 
     def common(self, size: int, dtype: np.dtype | type) -> np.ndarray:
-        """Return a zeroed (size,) array for what is the same on all ranks; here every rank has its own. Local."""
+        """As `Collective.common`; every rank has its own. Local."""
         return aligned_zeros(size, dtype)
 
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
-        """Sum over the ranks; rank r gets the sum of its part, `array[bounds[r]:bounds[r+1]]`, in place.
-
-        Collective over `comm`.
-
-        Parameters
-        ----------
-        array : contiguous, the same length and dtype on all ranks; what lies between the bounds but outside the own
-            part holds partial sums or anything afterwards.
-        bounds : (size+1,) ascending element offsets, the same on all ranks; parts may be empty.
-        words : (W,) float64 or None; replaced by its sum over the ranks, with the same bits on all of them. A copy
-            travels with every part.
-        """
+        """As `Collective.reduce_scatter`; a copy of the words travels with every part. Collective over `comm`."""
         if self._is_small(array, REDUCE_SHARE):
             self._count_together(array, words)
             # In the order of the ring: the bits are those of a reduction that is started.
@@ -105,10 +94,7 @@ class Ring:
             self._run(self._reduce_plan(array, bounds, words), words)
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
-        """Copy every rank's part, `array[bounds[r]:bounds[r+1]]`, to all ranks, in place.
-
-        Collective over `comm`. Parameters as for `reduce_scatter`.
-        """
+        """As `Collective.all_gather`. Collective over `comm`."""
         if self.size > 1:
             self._run(self._plan(_AllGather, array, bounds, 0), None)
 
@@ -136,10 +122,7 @@ class Ring:
         return not self._flight
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
-        """Replace `array` by its sum over the ranks, with the same bits on all of them; `words` likewise.
-
-        Collective over `comm`.
-        """
+        """As `Collective.all_reduce`. Collective over `comm`."""
         if self._is_small(array):
             self._count_together(array, words)
             self._together.sum(array, words)
@@ -191,10 +174,7 @@ class Ring:
             self._plans.popitem()[1].free()
 
     def free(self) -> None:
-        """Give everything back.
-
-        Collective over `comm`.
-        """
+        """As `Collective.free`. Collective over `comm`."""
         self.forget()
         self.comm.Free()
 
@@ -254,11 +234,7 @@ class Ring:
             self.advance()
 
     def _parts(self, array: np.ndarray, bounds: list[int]) -> list[list[np.ndarray]]:
-        """Cut every part into its segments, alike on all ranks."""
-        assert array.ndim == 1 and array.flags.c_contiguous and array.dtype.char in "fd"
-        assert len(bounds) == self.size + 1 and 0 <= bounds[0] and bounds[-1] <= array.size
-        return [list(pieces(array[start:stop], self.segment_bytes))
-                for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+        return cut_parts(array, bounds, self.size, self.segment_bytes)
 
 
 class _Together:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, broadcast, pieces
+from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, broadcast, cut_parts
 from hpcmlp.errors import RunFailed
 
 SEGMENT_BYTES = 2**20
@@ -62,9 +62,9 @@ class Roles:
 
 
 class Served:
-    """Collectives on 1-D float32 or float64 arrays, between workers and the servers that own parts.
+    """`comm.Collective` between workers and the servers that own parts.
 
-    Collective over `comm`, which is duplicated. Methods, prepared messages and their lifetime are those of `Ring`.
+    Collective over `comm`, which is duplicated. Prepared messages and their lifetime are those of `Ring`.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class Served:
     Attributes `bytes_sent` and `bytes_received` count the bytes of arrays (not of words) of this rank so far.
     """
 
-    narrow = False      # numbers travel as they are
+    starts = narrow = threads = False
 
     def __init__(self, comm: MPI.Intracomm, servers: int, segment_bytes: int = SEGMENT_BYTES,
                  limit_bytes: int = LIMIT_BYTES):
@@ -89,43 +89,31 @@ class Served:
         self._plans: OrderedDict[tuple, _Push | _Pull] = OrderedDict()
 
     def empty(self, size: int, dtype: np.dtype | type) -> np.ndarray:
-        """Return a zeroed (size,) array of this rank, 64-byte aligned. Local."""
+        """As `Collective.empty`. Local."""
         return aligned_zeros(size, dtype)
 
     def common(self, size: int, dtype: np.dtype | type) -> np.ndarray:
-        """Return a zeroed (size,) array for what is the same on all ranks; here every rank has its own. Local."""
+        """As `Collective.common`; every rank has its own. Local."""
         return aligned_zeros(size, dtype)
 
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
-        """Sum over the workers; server r gets the sum of its part, `array[bounds[r]:bounds[r+1]]`, in place.
+        """As `Collective.reduce_scatter`: each server gets the sum over the workers of its part.
 
-        Collective over `comm`.
-
-        Parameters
-        ----------
-        array : contiguous, the same length and dtype on all ranks; read on the workers, written in a server's part.
-        bounds : (size+1,) ascending element offsets, the same on all ranks; empty parts for ranks that do not serve.
-        words : (W,) float64 or None; replaced by its sum over all ranks, with the same bits on all of them.
-
-        Raises RunFailed when a server stands at another version than this rank.
+        Collective over `comm`. `array` is read on the workers and written in a server's part; ranks that do not serve
+        have empty parts; `words` are summed over all ranks. Raises RunFailed when a server stands at another version
+        than this rank.
         """
         if self.size > 1:
             self.version += words is not None
             self._run(_Push, array, bounds, self.roles.workers, words)
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
-        """Copy every server's part, `array[bounds[r]:bounds[r+1]]`, to all ranks, in place.
-
-        Collective over `comm`. Parameters as for `reduce_scatter`.
-        """
+        """As `Collective.all_gather`. Collective over `comm`."""
         if self.size > 1:
             self._run(_Pull, array, bounds, range(self.size), None)
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
-        """Replace `array` by its sum over all ranks, with the same bits on all of them; `words` likewise.
-
-        Collective over `comm`. Dedicated servers' numbers count here.
-        """
+        """As `Collective.all_reduce`; dedicated servers' numbers count here. Collective over `comm`."""
         if self.size == 1:
             return
         servers = self.roles.servers
@@ -135,7 +123,7 @@ class Served:
         self._run(_Pull, array, bounds, range(self.size), None)
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
-        """Copy `array` (contiguous, any dtype) of rank `root` to all ranks, in place. Collective over `comm`."""
+        """As `Collective.broadcast`. Collective over `comm`."""
         broadcast(self.comm, array, root, self.segment_bytes)
 
     def forget(self) -> None:
@@ -144,10 +132,7 @@ class Served:
             self._plans.popitem()[1].free()
 
     def free(self) -> None:
-        """Give everything back.
-
-        Collective over `comm`.
-        """
+        """As `Collective.free`. Collective over `comm`."""
         self.forget()
         self.comm.Free()
 
@@ -167,12 +152,9 @@ class Served:
         self.bytes_received += plan.bytes_received
 
     def _parts(self, array: np.ndarray, bounds: list[int]) -> list[list[np.ndarray]]:
-        """Cut every part into its segments, alike on all ranks."""
-        assert array.ndim == 1 and array.flags.c_contiguous and array.dtype.char in "fd"
-        assert len(bounds) == self.size + 1 and 0 <= bounds[0] and bounds[-1] <= array.size
+        parts = cut_parts(array, bounds, self.size, self.segment_bytes)
         assert bounds[self.roles.servers] == bounds[-1], "only servers own parts"
-        return [list(pieces(array[start:stop], self.segment_bytes))
-                for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+        return parts
 
 
 class _Push:

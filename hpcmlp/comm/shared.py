@@ -57,7 +57,7 @@ class SharedUnavailable(Exception):
 
 
 class Shared:
-    """Collectives of all ranks, through memory inside a node.
+    """`comm.Collective` through memory inside a node.
 
     Collective over `topology.comm`. Raises SharedUnavailable, on all ranks, when nodes hold different numbers of ranks
     or the shared-memory file system is too small for a first window; nothing stays allocated then. `make_cross` makes
@@ -170,11 +170,10 @@ class Shared:
             raise SharedUnavailable(broadcast_bytes(self.comm, text, int(first[0])).decode())
 
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
-        """Sum over the ranks; this rank gets the sum of part `self.part`, in place.
+        """As `Collective.reduce_scatter`, but neighbours may still be reading an array made by `empty` afterwards.
 
-        Collective over the ranks. As `Ring.reduce_scatter`, but for the order of the parts, and for an array made by
-        `empty` its neighbours may still be reading their parts of it afterwards: until the next `all_gather` or
-        `all_reduce` a rank writes its own part only (or what can only reach sums that nobody uses).
+        Collective over the ranks. Until the next `all_gather` or `all_reduce` a rank writes its own part of it only (or
+        what can only reach sums that nobody uses).
         """
         window = self._find(array)
         if window is None:
@@ -211,7 +210,7 @@ class Shared:
         return plan
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
-        """Copy every rank's part to all ranks, in place. Collective over the ranks."""
+        """As `Collective.all_gather`. Collective over the ranks."""
         window = self._find(array)
         if window is None:
             self._on_ring().all_gather(array, self._in_rank_order(bounds))
@@ -284,10 +283,7 @@ class Shared:
         self._meet()
 
     def all_reduce(self, array: np.ndarray, words: np.ndarray | None = None) -> None:
-        """Replace `array` by its sum over the ranks, with the same bits on all of them; `words` likewise.
-
-        Collective over the ranks.
-        """
+        """As `Collective.all_reduce`. Collective over the ranks."""
         if array.nbytes <= STAGE_BYTES:
             self._all_reduce_staged(array, words)
             return
@@ -331,7 +327,7 @@ class Shared:
         return int(most[0])
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
-        """Copy `array` of rank `root` to all ranks, in place. Collective over the ranks."""
+        """As `Collective.broadcast`. Collective over the ranks."""
         self._on_ring().broadcast(array, root)
 
     def free(self) -> None:

@@ -220,7 +220,7 @@ class RecordingCollective:
     `links` is (latency, seconds a byte) of the links between nodes, or None where they are not known.
     """
 
-    narrow, threads = False, False
+    narrow, threads, bytes_sent = False, False, None
 
     def __init__(self, events: list[Op | Transfer], part: int, workload: Workload, links: tuple[float, float] | None):
         self.events, self.part, self.links = events, part, links

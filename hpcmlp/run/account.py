@@ -42,7 +42,7 @@ class Account:
         self._epoch_comm: deque[float] = deque(maxlen=LAST_STEPS)   # seconds of this rank, by step or round
         self._epoch_counted = 0     # steps or rounds of this epoch
         self._epoch_rows = self._epoch_s = 0.0
-        self.bytes_sent = 0     # by this rank in a step that did not log
+        self.bytes_sent: int | None = None      # by this rank in a step that did not log, where that is counted
 
     @property
     def last_step_s(self) -> float:

@@ -50,10 +50,11 @@ class Forecast:
         if self.outlook is None:
             return None
         from hpcmlp.plan.compare import compare
-        counted = p.exchange.name in ("ring", "shared") and not p.local
+        # What is foretold is the mean over a round of local steps, and a server's counter leaves the words out.
+        alike = not p.local and p.exchange.name != "server"
         measured = {"step_s": account.median_step_s or None, "parts_s": parts_s,
                     "memory_bytes_per_node": float(held[0]) or None,
-                    "sent_bytes_per_rank_and_step": account.bytes_sent if counted else None}
+                    "sent_bytes_per_rank_and_step": account.bytes_sent if alike else None}
         names = ("flops_per_step", "flops_per_run", "memory_parts", "step_parts_s", "run_s", "bound", "machine")
         return {**{name: self.outlook[name] for name in names if name in self.outlook},
                 **compare(self.outlook, measured)}

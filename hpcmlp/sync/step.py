@@ -17,7 +17,7 @@ class StepResult:
     says over how many steps the sums go, and `round` (`sync.local.RoundResult`) what was learned from those between
     two meetings: 1 and None but for local steps. `comm_s` is the time in which the computing thread worked on or waited
     for communication, `flight_s` that in which messages were under way: `comm_s` itself where nothing overlaps. With
-    overlap a gathering counts in the step that waits for it. `bytes_sent` are this rank's, where the collective counts.
+    overlap a gathering counts in the step that waits for it. `bytes_sent` are this rank's; None where nobody counts.
     Where several steps are read back at once `last_loss` is the loss of the last one, `skipped` says that all of them
     changed nothing, `skips` how many at their end.
     """
@@ -33,7 +33,7 @@ class StepResult:
     compute_s: float = 0.0
     comm_s: float = 0.0
     flight_s: float = 0.0
-    bytes_sent: int = 0
+    bytes_sent: int | None = None
     steps: int = 1
     round: Any = None
     last_loss: float | None = None
@@ -81,7 +81,7 @@ class Step:
         self._x = ops.empty((self.micro_rows, sizes[0]), dtype)
         self._dlogits = ops.empty((self.micro_rows, sizes[-1]), dtype)
         self.words = ControlWords(strategy.size)
-        self._sent_before = 0
+        self._sent_before: int | None = None
 
     def run(self, batch: Any, step: int, lr: float, *, stop: bool = False, check: bool = False,
             want_norm: bool = False) -> StepResult:
@@ -98,9 +98,9 @@ class Step:
         want_norm : compute the gradient's global norm even when it is not clipped (all ranks alike).
         """
         started = perf_counter()
-        self._sent_before = self._sent()
+        self._sent_before = self.strategy.collective.bytes_sent
         if self.strategy.overlaps:
-            self.strategy.progress.spent()   # between two steps: no part of this one
+            self.strategy.progress.spent()      # between two steps: no part of this one
         words = self.words
         words.clear()
         if stop:
@@ -142,12 +142,9 @@ class Step:
         if self.strategy.overlaps:
             comm_s, flight_s = self.strategy.progress.spent()
         result.comm_s, result.flight_s = comm_s, flight_s
-        result.bytes_sent = self._sent() - self._sent_before
+        if self._sent_before is not None:
+            result.bytes_sent = self.strategy.collective.bytes_sent - self._sent_before
         result.compute_s = perf_counter() - started - comm_s
-
-    def _sent(self) -> int:
-        """Bytes that the collective has counted so far; those of the MPI library do not count."""
-        return getattr(self.strategy.collective, "bytes_sent", 0)
 
     def checksum(self) -> int:
         """Return the checksum of what must be the same on all ranks: the parameters. Local."""

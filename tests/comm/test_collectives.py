@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpcmlp.comm import COLLECTIVES, make_collective
+from hpcmlp.comm import COLLECTIVES, Collective, make_collective
 from hpcmlp.comm.native import Native
 from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import Shared
@@ -192,8 +192,11 @@ def test_ring_agrees_with_native_to_the_bit_where_sums_are_exact(comm):
 
 @pytest.mark.mpi
 def test_table_of_collectives(comm, topology):
+    promised = {name for name in (*vars(Collective), *Collective.__annotations__) if not name.startswith("_")}
+    assert promised >= {"free", "bytes_sent"}
     for name in COLLECTIVES:
         made = make_collective(name, topology)
+        assert made.bytes_sent == {"native": None}.get(name, 0) and not [n for n in promised if not hasattr(made, n)]
         array = np.ones(10, np.float32)
         made.all_reduce(array)
         assert (array == comm.size).all()
