@@ -72,8 +72,28 @@ def test_batch_scripts_name_what_slurm_needs(path):
     assert "##SBATCH --partition=NAME" in path.read_text() and "partition" not in words
 
 
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """A file of samples, for `prepare`."""
+    path = tmp_path_factory.mktemp("samples") / "clouds.npz"
+    random = np.random.default_rng(0)
+    y = random.integers(0, 3, 600)
+    x = random.standard_normal((3, 8))[y] + random.standard_normal((600, 8))
+    np.savez(path, x=x.astype(np.float32), y=y)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(samples, run_ranks):
+    """The data set that jobs/prepare.sh makes of the samples."""
+    folder = samples.with_name("prepared")
+    done = run_ranks(0, "-m", "hpcmlp", "prepare", samples, "--out", folder, "--shards", 8, "--seed", 1)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def slurm(tmp_path, monkeypatch, samples):
     """A place to submit from, with jobs/, a data set, and stand-ins; returns start(script, *arguments, **variables)."""
     monkeypatch.delenv("MPIEXEC", raising=False)
     standin = tmp_path / "standin"
@@ -82,10 +102,7 @@ def slurm(tmp_path, monkeypatch):
         (standin / name).write_text(text)
         (standin / name).chmod(0o755)
     (tmp_path / "jobs").symlink_to(JOBS)
-    random = np.random.default_rng(0)
-    y = random.integers(0, 3, 600)
-    x = random.standard_normal((3, 8))[y] + random.standard_normal((600, 8))
-    np.savez(tmp_path / "clouds.npz", x=x.astype(np.float32), y=y)
+    (tmp_path / "clouds.npz").symlink_to(samples)
 
     def start(script, *arguments, ranks=2, nodes=1, **variables):
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PMI", "OMPI", "PMIX", "HYDRA"))}
@@ -118,9 +135,8 @@ def finish(process, code=0, timeout=120):
 
 
 @pytest.fixture
-def data(slurm):
-    finish(slurm("prepare.sh", slurm.folder / "clouds.npz", "--seed", 1, ranks=""))
-    return slurm.folder / "data/clouds"
+def data(slurm, prepared):
+    return shutil.copytree(prepared, slurm.folder / "data/clouds")
 
 
 def summary(run):
@@ -130,10 +146,15 @@ def summary(run):
 SHORT = "--hidden 8 --epochs 2 --global-batch-size 64"
 
 
-def test_data_are_prepared_on_a_login_node(slurm, data):
+def test_data_are_prepared_on_a_login_node(slurm, prepared):
+    finish(slurm("prepare.sh", slurm.folder / "clouds.npz", "--seed", 1, ranks=""))
     assert "train" in finish(slurm("prepare.sh", slurm.folder / "clouds.npz"))     # the second time: what is there
     assert not slurm.log("srun")
+    data = slurm.folder / "data/clouds"
     assert len(list(data.glob("train-*-of-00008.h5"))) == 8
+    # What the other tests take in place of the script's, so as not to run it once each.
+    made, taken = ({p.name: p.read_bytes() for p in folder.glob("*.h5")} for folder in (data, prepared))
+    assert made == taken
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])

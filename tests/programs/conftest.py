@@ -1,6 +1,7 @@
 """Programs run as a user runs them: in processes of their own, under the launcher beside this interpreter."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,39 @@ def hpcmlp(run_ranks):
     """Run `hpcmlp ARGUMENTS`; `ranks=None` without a launcher. Returns the finished process with text output."""
     def run(*arguments, ranks=None, timeout=120, **how):
         return run_ranks(ranks or 0, "-m", "hpcmlp", *arguments, timeout=timeout, **how)
+    return run
+
+
+IN_TURN = """
+import json, os, sys
+from hpcmlp import cli, launch
+folder, commands = sys.argv[1], json.loads(sys.argv[2])
+rank = launch.launcher_rank()
+for number, words in enumerate(commands):
+    with open(f"{folder}/{number}.{rank}", "w") as said:
+        os.dup2(said.fileno(), 2)
+    code = cli.main(words)
+    sys.stderr.flush()
+    with open(f"{folder}/{number}.{rank}.code", "w") as file:
+        print(code, file=file)
+"""
+
+
+@pytest.fixture(scope="session")
+def refusals(run_ranks, tmp_path_factory):
+    """A function that gives the ranks several command lines in turn, all of which must be refused: one start for all.
+
+    Returns a list of (exit codes of the ranks, standard error of all ranks). That the code of a rank becomes that of
+    the launcher is shown where a program runs by itself.
+    """
+    def run(commands, ranks=None, **how):
+        folder = tmp_path_factory.mktemp("refusals")
+        done = run_ranks(ranks or 0, "-c", IN_TURN, folder, json.dumps([[*map(str, words)] for words in commands]),
+                         timeout=120, **how)
+        assert done.returncode == 0, done.stdout + done.stderr
+        places = [[folder / f"{number}.{rank}" for rank in range(ranks or 1)] for number in range(len(commands))]
+        return [({int(path.with_name(path.name + ".code").read_text()) for path in paths},
+                 "".join(path.read_text() for path in paths)) for paths in places]
     return run
 
 

@@ -127,14 +127,15 @@ def test_numbers_that_are_not_finite_end_the_run_with_70(flowers, hpcmlp, tmp_pa
     assert "left out" in events and "skipped update" in events
 
 
-@pytest.mark.parametrize("options, words", [
-    (("--outer-lr", 0.5), "--outer-lr has no effect with --outer-optimizer none"),
-    (("--outer-momentum", 0.5), "--outer-momentum has no effect with --outer-optimizer none"),
-    (("--local-steps", 0), "at least 1"),
-    (("--outer-optimizer", "adam"), "legal: none, nesterov")])
-def test_options_that_cannot_act_are_refused(flowers, hpcmlp, tmp_path, options, words):
-    done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", "--local-steps", 4, *options, ranks=2)
-    assert done.returncode == 78 and words in done.stderr and done.stderr.count("\n") == 1
+def test_options_that_cannot_act_are_refused(flowers, refusals, tmp_path):
+    cases = [(("--outer-lr", 0.5), "--outer-lr has no effect with --outer-optimizer none"),
+             (("--outer-momentum", 0.5), "--outer-momentum has no effect with --outer-optimizer none"),
+             (("--local-steps", 0), "at least 1"),
+             (("--outer-optimizer", "adam"), "legal: none, nesterov")]
+    said = refusals([["train", "--data", flowers, "--out", tmp_path / "run", "--local-steps", 4, *options]
+                     for options, _ in cases], ranks=2)
+    for (_, words), (codes, text) in zip(cases, said, strict=True):
+        assert codes == {78} and words in text and text.count("\n") == 1, text
     assert not (tmp_path / "run").exists()
 
 

@@ -199,9 +199,16 @@ def test_a_job_killed_with_its_launcher_leaves_next_to_nothing_and_the_next_one_
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     job.communicate(timeout=20)
-    left = {name: size for name, size in node_memory.leftovers()[0].items() if name not in before}
-    # MPICH: nothing. Open MPI needs the names of its segments for as long as it runs: 0.1 MB a rank.
-    assert sum(left.values()) <= (0 if MPICH else 300_000), left
+    # A job beside this one may have made a file a moment ago that it has not mapped yet.
+    left, give_up = {}, time.monotonic() + 10
+    while time.monotonic() < give_up:
+        left = {name: size for name, size in node_memory.leftovers()[0].items() if name not in before}
+        # MPICH: nothing. Open MPI needs the names of its segments for as long as it runs: 0.1 MB a rank.
+        if sum(left.values()) <= (0 if MPICH else 300_000):
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail(f"left over: {left}")
     done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "next", *TRAIN, ranks=2)
     assert done.returncode == 0, done.stderr
     assert parameters(tmp_path / "next") == parameters(undisturbed / "shared")

@@ -179,13 +179,30 @@ WRONG = [
 ]
 
 
+@pytest.fixture(scope="module", params=[None, 2])
+def refused(request, flowers, refusals, tmp_path_factory):
+    """What the ranks said to all of WRONG, and where they should have run."""
+    folder = tmp_path_factory.mktemp("wrong")
+    commands = [["train", "--data", flowers, "--out", folder / f"run-{k}", *words] for k, (words, _, _) in
+                enumerate(WRONG)]
+    return refusals(commands, request.param), folder
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[" ".join(map(str, words)) for words, _, _ in WRONG])
+def test_wrong_options_end_with_one_sentence_and_no_run(refused, number):
+    (said, folder), (_, code, words) = refused, WRONG[number]
+    codes, text = said[number]
+    assert codes == {code}, text
+    assert words.lower() in text.lower() and text.startswith("hpcmlp: ") and text.count("\n") == 1
+    assert not (folder / f"run-{number}" / "summary.json").exists()
+
+
 @pytest.mark.parametrize("ranks", [None, 2])
-@pytest.mark.parametrize("options, code, words", WRONG)
-def test_wrong_options_end_with_one_sentence_and_no_run(flowers, hpcmlp, tmp_path, options, code, words, ranks):
-    done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", *options, ranks=ranks)
-    assert done.returncode == code, done.stderr
-    assert words.lower() in done.stderr.lower() and done.stderr.startswith("hpcmlp: ") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "run" / "summary.json").exists()
+def test_the_code_of_a_refusal_is_that_of_the_launcher(flowers, hpcmlp, tmp_path, ranks):
+    for number in (0, 2):       # before MPI has started, and after
+        words, code, _ = WRONG[number]
+        done = hpcmlp("train", "--data", flowers, "--out", tmp_path / "run", *words, ranks=ranks)
+        assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_toml_keys_are_checked(flowers, hpcmlp, tmp_path):
