@@ -27,6 +27,7 @@ from hpcmlp.nn.layout import Layout
 
 # Derivatives that need only the sign of the output, which dropout in place leaves alone where it matters.
 FROM_SIGN = frozenset({"relu", "leaky_relu", "identity"})
+EVALUATION_ROWS = 1024  # that a rank takes through the network at once while it validates
 PLANS_KEPT = 8  # row counts whose views are kept; a run has two or three
 PIECE_ROWS = 256  # of a weight, at least: 1024 x 2048 x 2048 in such pieces takes 2 % longer, in 128 rows 9 to 28 %
 FIRST_LAYER = 4  # so much smaller are pieces of the first layer: nothing hides its last gradient and first parameters

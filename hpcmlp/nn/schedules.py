@@ -22,6 +22,14 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "cosine": {"min_lr": 0.0},
     "one_cycle": {"pct_start": 0.3, "div_factor": 25.0, "final_div_factor": 1e4},
 }
+DEFAULT_EPOCHS = 10
+
+
+def num_steps(steps: int | None, epochs: int | None, steps_per_epoch: int) -> int:
+    """Return the steps of a run of so many `steps`, or else `epochs`, or else `DEFAULT_EPOCHS`. Local."""
+    if steps is not None:
+        return steps
+    return (DEFAULT_EPOCHS if epochs is None else epochs) * steps_per_epoch
 
 
 class Schedule:

@@ -11,9 +11,10 @@ import numpy as np
 
 from hpcmlp import traffic
 from hpcmlp.data.order import Order
+from hpcmlp.nn.network import EVALUATION_ROWS
 from hpcmlp.ops.activations import NEEDS_PRE
 from hpcmlp.plan.record import Op, Recording, Transfer, meeting
-from hpcmlp.plan.workload import EVALUATION_ROWS, Workload
+from hpcmlp.plan.workload import Workload
 from hpcmlp.sync.buckets import part_bounds
 from hpcmlp.sync.memory import buffer_elements
 

@@ -5,10 +5,8 @@ from typing import Any
 
 from hpcmlp.data.manifest import Manifest
 from hpcmlp.data.samples import row_bytes
-from hpcmlp.nn.network import NetworkSpec
-
-DEFAULT_EPOCHS = 10
-EVALUATION_ROWS = 1024      # that a rank takes through the network at once while it validates
+from hpcmlp.nn.network import EVALUATION_ROWS, NetworkSpec
+from hpcmlp.nn.schedules import num_steps
 
 
 @dataclass(frozen=True)
@@ -94,13 +92,6 @@ class Workload:
         return max(-(-self.local_rows // self.accumulate), min(EVALUATION_ROWS, self.rows[1]))
 
 
-def num_steps(config: Any, steps_per_epoch: int) -> int:
-    """Return the steps of a run with the options `config`. Local."""
-    if config.steps is not None:
-        return config.steps
-    return (DEFAULT_EPOCHS if config.epochs is None else config.epochs) * steps_per_epoch
-
-
 def from_options(config: Any, manifest: Manifest, spec: NetworkSpec, loss: str, hyper: dict[str, Any], ranks: int,
                  ranks_per_node: int, sync: str) -> Workload:
     """Return the workload of `train` with the options `config` (by their names as attributes) on a data set. Local.
@@ -117,4 +108,4 @@ def from_options(config: Any, manifest: Manifest, spec: NetworkSpec, loss: str, 
         c.staleness not in (None, "0"), c.validate_every, c.checkpoint_every, c.keep,
         None if c.memory_limit is None else int(c.memory_limit * 2**20), c.device, c.shard == "params" and ranks > 1,
         c.recompute)
-    return replace(work, steps=num_steps(c, work.steps_per_epoch))
+    return replace(work, steps=num_steps(c.steps, c.epochs, work.steps_per_epoch))

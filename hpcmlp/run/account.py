@@ -11,7 +11,6 @@ from hpcmlp.comm.messages import all_gather_bytes, sum_in_place
 from hpcmlp.run.coordinator import Console, epoch_line
 from hpcmlp.run.numbers import is_spike
 from hpcmlp.run.parts import Parts
-from hpcmlp.run.waiting import kept_by_all, least_over_ranks
 from hpcmlp.sync.step import StepResult, hidden_share
 
 LAST_STEPS = 10_000  # whose times give the median step of the summary, and an epoch's communication and waiting
@@ -65,6 +64,7 @@ class Account:
         if p.apart is not None:
             parts = np.array(list(self._step_parts))
             return dict(zip(self._spent, np.median(parts, axis=0).tolist(), strict=True)) if len(parts) else {}
+        from hpcmlp.run.waiting import kept_by_all, least_over_ranks  # once the steps are done
         parts = kept_by_all(p.comm, self._step_parts)
         if not len(parts):
             return {}
@@ -179,6 +179,7 @@ class Account:
         self._epoch_counted = 0
         if p.apart is not None:
             return None
+        from hpcmlp.run.waiting import kept_by_all, least_over_ranks  # at the end of the first epoch
         kept = kept_by_all(p.comm, self._epoch_comm)
         self._epoch_comm.clear()
         # The last steps stand for those of an epoch that has more.

@@ -7,8 +7,8 @@ import numpy as np
 
 from hpcmlp.comm.agreement import alike
 from hpcmlp.errors import ConfigError
-from hpcmlp.nn.network import Network
-from hpcmlp.run.parts import EVALUATION_ROWS, Parts
+from hpcmlp.nn.network import EVALUATION_ROWS, Network
+from hpcmlp.run.parts import Parts
 
 HIGHER_IS_BETTER = ("accuracy", "label_accuracy", "subset_accuracy", "top", "auc", "f1", "precision", "recall", "r2")
 

@@ -11,12 +11,11 @@ from hpcmlp.data.loader import Loader
 from hpcmlp.data.manifest import Manifest
 from hpcmlp.data.samples import available_bytes
 from hpcmlp.errors import ConfigError, Unavailable
-from hpcmlp.nn.network import Network, NetworkSpec
+from hpcmlp.nn.network import EVALUATION_ROWS, Network, NetworkSpec
 from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
 from hpcmlp.nn.schedules import DEFAULTS as SCHEDULES
-from hpcmlp.nn.schedules import Schedule
-from hpcmlp.plan.workload import EVALUATION_ROWS, Workload, from_options, num_steps
-from hpcmlp.run.gpus import open_arithmetic
+from hpcmlp.nn.schedules import Schedule, num_steps
+from hpcmlp.ops import open_ops
 from hpcmlp.run.options import chosen, make_loss
 from hpcmlp.run.session import Session
 from hpcmlp.sync import Plan, make_strategy, plan
@@ -58,7 +57,7 @@ class Parts:
         if config.sync == "server":
             from hpcmlp.comm.served import Roles
             self.roles = Roles(config.servers or 1, topology.size)
-        self.ops, self.gpu_note = open_arithmetic(config.device, self.comm)
+        self.ops, self.gpu_note = self._open_ops()
         with agreed(self.comm):
             self.loader = self.open_loader("train")
             self.val = self.open_loader("val") if manifest.rows("val") else None
@@ -68,7 +67,7 @@ class Parts:
                                     config.activation, config.dropout, config.layer_norm, config.residual)
             self.local = config.local_steps > 1 or config.outer_optimizer != "none"
             self.steps_per_epoch = self.loader.steps_per_epoch
-            self.total_steps = num_steps(config, self.steps_per_epoch)
+            self.total_steps = num_steps(config.steps, config.epochs, self.steps_per_epoch)
             self.schedule = self._schedule()
             self.hyper = chosen(config, f"--optimizer {config.optimizer}", HYPER[config.optimizer], HYPER)
             make_optimizer(config.optimizer, self.ops, self.spec.layout(), [], np.float32, **self.hyper)   # checks
@@ -120,8 +119,15 @@ class Parts:
             options["interval"] = self.steps_per_epoch
         return Schedule(c.schedule, c.lr, self.total_steps, c.warmup_steps, **options)
 
-    def workload(self, sync: str) -> Workload:
-        """Return this run as `hpcmlp.plan` describes it, with the collectives `sync`. Local."""
+    def _open_ops(self) -> tuple[Any, str]:
+        if self.config.device == "cpu":
+            return open_ops("cpu"), ""
+        from hpcmlp.run.gpus import open_arithmetic  # the ranks of a run on cores have nothing to choose
+        return open_arithmetic(self.config.device, self.comm)
+
+    def workload(self, sync: str) -> Any:
+        """Return this run as a `plan.workload.Workload`, with the collectives `sync`. Local."""
+        from hpcmlp.plan.workload import from_options  # one rank of a node reckons
         return from_options(self.config, self.manifest, self.spec, self.loss.kind, self.hyper, self.topology.size,
                             self.topology.local_size, sync)
 
@@ -130,7 +136,7 @@ class Parts:
         t, available = self.topology, available_bytes()
         if self.config.device != "cpu" or available is None or t.local_rank:
             return
-        from hpcmlp.plan.fit import shortage  # one rank of a node reckons
+        from hpcmlp.plan.fit import shortage  # as `workload`
         sync = self.config.sync if self.config.sync != "auto" else "shared" if t.local_size > 1 else "ring"
         missing = shortage(self.workload(sync), available, f"{t.host} now", already=("data", "process"))
         if missing:
