@@ -18,7 +18,7 @@ LAYERS = [("errors",), ("node_memory",), ("traffic",), ("launch",), ("ops",), ("
 INSIDE = {
     "ops": "counter activations losses gpu_places staging plain blocked _fused host device cublaslt launches emulated "
            "gpu_device ops",
-    "nn": "nn layout losses network planned initializers optimizers schedules metrics auc",
+    "nn": "nn layout losses network planned_forward planned initializers optimizers schedules metrics auc",
     "comm": "exact_sum messages topology agreement survive ring wire ring_wire native nccl shared choice served post "
             "comm",
     "data": "data files links guard layouts tables csv_numbers manifest order device_order arrays csv_reader "

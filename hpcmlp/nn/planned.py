@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 
 from hpcmlp.nn.layout import PaddedLayout, pad
-from hpcmlp.ops import activations, counter, losses
+from hpcmlp.nn.planned_forward import THREADS, PlannedForward
+from hpcmlp.ops import losses
 from hpcmlp.ops.cublaslt import Product
 from hpcmlp.ops.launches import CONTROL, HYPER, PARTIAL, Await, Fork, Join, Kernel, Mark, Multiply
 
-PRECISIONS = ("float32", "tf32", "bf16")
 RULES = {"adam": 0, "adamw": 0, "sgd": 1, "rmsprop": 2, "adagrad": 3}
 STATE = {"adam": ("m", "v"), "adamw": ("m", "v"), "sgd": ("momentum",), "rmsprop": ("momentum", "v"),
          "adagrad": ("s",)}
-THREADS, MOST_THREADS = 256, 1024
+MOST_THREADS = 1024
 FUSED_ELEMENTS = 1 << 17
 MASK_BITS = 128     # the library wants rows of the mask in such pieces
 
 
-class PlannedNetwork:
+class PlannedNetwork(PlannedForward):
     """Buffers and launches of a step on one device.
 
     Local.
@@ -42,7 +42,7 @@ class PlannedNetwork:
     device : `ops.gpu_device.GpuDevice`, or the emulated one.
     capacity : the most rows of a batch.
     rule, hyper : a key of `RULES` and its constants as in `nn.optimizers.HYPER`.
-    precision : one of `PRECISIONS`.
+    precision : one of `planned_forward.PRECISIONS`.
     target_width : columns of the targets; 0 for classes.
     clip_norm, average : largest gradient norm, decay of the averaged weights; or None.
     seed : of dropout.
@@ -53,8 +53,7 @@ class PlannedNetwork:
 
     Attributes
     ----------
-    layout : PaddedLayout of all flat vectors.
-    params, grads : flat float32 vectors on the device; copy : in bf16, or None.
+    grads : flat float32 vector on the device.
     state : name -> vector over the ranges, the names of `nn.optimizers`; averaged : the same, or None.
     notes : what could not be fused.
     """
@@ -64,21 +63,14 @@ class PlannedNetwork:
                  average: float | None = None, seed: int = 0, concurrent: bool = True, fused: bool | None = None,
                  ranges: list[tuple[int, int]] | None = None, params: Any = None, grads: Any = None,
                  layout: PaddedLayout | None = None):
-        assert rule in RULES and not spec.layer_norm and not spec.residual and precision in PRECISIONS
-        self.spec, self.loss, self.device, self.capacity = spec, loss, device, max(1, capacity)
-        self.rule, self.hyper, self.precision, self.seed = rule, hyper, precision, seed
+        assert rule in RULES
+        super().__init__(spec, device, capacity, precision=precision, params=params, layout=layout, seed=seed)
+        self.loss, self.rule, self.hyper = loss, rule, hyper
         self.target_width, self.clip_norm, self.concurrent = target_width, clip_norm, concurrent
         self.notes: list[str] = []
-        self.layout, self.dtype = layout or spec.layout(PaddedLayout), np.dtype(np.float32)
         self.ranges = [(0, self.layout.size)] if ranges is None else ranges
-        self.widths = [pad(n, PaddedLayout.WIDTH) for n in spec.sizes]
-        self.narrow = precision == "bf16"
-        self._compute = "tf32" if precision == "tf32" else "float32"
-        self._suffix = "bf16" if self.narrow else "f32"
-        self._storage = np.dtype(np.uint16 if self.narrow else np.float32)
-        self._make_vectors(average, params, grads)
-        self._make_activations()
-        self.control = device.zeros(CONTROL.itemsize, np.uint8)
+        self._make_vectors(average, grads)
+        self._make_gradients()
         self._hyper = device.zeros(HYPER.itemsize, np.uint8)
         device.upload(self._hyper_record(average).view(np.uint8), self._hyper)
         # In small networks, where launches are what takes time, all that can be fused is; in larger ones the library's
@@ -91,11 +83,9 @@ class PlannedNetwork:
 
     # ---- buffers
 
-    def _make_vectors(self, average: float | None, params: Any, grads: Any) -> None:
-        zeros, size = self.device.zeros, self.layout.size
-        self.params = zeros(size, np.float32) if params is None else params
-        self.grads = zeros(size, np.float32) if grads is None else grads
-        self.copy = zeros(size, np.uint16) if self.narrow else None
+    def _make_vectors(self, average: float | None, grads: Any) -> None:
+        zeros = self.device.zeros
+        self.grads = zeros(self.layout.size, np.float32) if grads is None else grads
         names = STATE[self.rule]
         if not self.hyper.get("momentum") and self.rule in ("sgd", "rmsprop"):
             names = tuple(n for n in names if n != "momentum")
@@ -103,12 +93,10 @@ class PlannedNetwork:
         self.state = {name: zeros(owned, np.float32) for name in names}
         self.averaged = None if average is None else zeros(owned, np.float32)
 
-    def _make_activations(self) -> None:
+    def _make_gradients(self) -> None:
         zeros, rows, widths = self.device.zeros, self.capacity, self.widths
-        self.x = [zeros(rows * w, self._storage) for w in widths]
         # Gradient of each hidden layer: of its own, as weight gradients may still read the one above.
         self.d = [None, *(zeros(rows * w, self._storage) for w in widths[1:-1]), self.x[-1]]
-        self.pre: list[Any] = [None] * len(widths)
         self.mask: list[Any] = [None] * len(widths)
         self.targets = zeros(rows * max(1, self.target_width), np.float32 if self.target_width else np.int32)
         self.weights = zeros(rows, np.float32)
@@ -141,35 +129,23 @@ class PlannedNetwork:
 
     # ---- products
 
-    def _weight(self, layer: int) -> Any:
-        return self.layout.slot(self.copy if self.narrow else self.params, f"layers.{layer}.weight")
-
-    def _bias(self, layer: int) -> Any:
-        return self.layout.slot(self.copy if self.narrow else self.params, f"layers.{layer}.bias")
-
     def _plan_products(self) -> None:
         """Ask the device for every product, the fused forms first."""
         layers = range(self.spec.num_layers)
-        self._forward_products = [self._plan_forward(layer) for layer in layers]
+        self._plan_forward_products()
         self._weight_products = [self._plan_weight_gradient(layer) for layer in layers]
         self._input_products = [None, *(self._plan_input_gradient(layer) for layer in layers if layer)]
 
     def _plan_forward(self, layer: int) -> Multiply:
         """x[layer + 1] = f(x[layer] w^T + b), or the part of it that can be fused."""
-        rows, w_in, w_out = self.capacity, self.widths[layer], self.widths[layer + 1]
-        last = layer == self.spec.num_layers - 1
-        common = dict(m=w_out, n=rows, k=w_in, a=self._weight(layer), b=self.x[layer], lda=w_in, ldb=w_in, ldd=w_out,
-                      trans_a=True, bias=self._bias(layer), compute=self._compute)
-        if not last and self.spec.activation == "relu":
+        if layer < self.spec.num_layers - 1 and self.spec.activation == "relu":
+            common = self._forward_terms(layer)
             fused = self._plan_with_mask(layer, common) if self._masked else None
             fused = fused or self.device.multiply(Product(d=self.x[layer + 1], epilogue="relu_bias", **common))
             if fused is not None:
                 return fused
             self.notes.append(f"layer {layer}: relu by a kernel")
-        out = self.x[layer + 1]
-        if not last:
-            out = self.pre[layer + 1] = self.device.zeros(rows * w_out, self._storage)
-        return self._must(Product(d=out, epilogue="bias", **common))
+        return super()._plan_forward(layer)
 
     def _plan_with_mask(self, layer: int, common: dict[str, Any]) -> Multiply | None:
         """The forward product that writes a mask, if backward can use it."""
@@ -181,12 +157,6 @@ class PlannedNetwork:
             return None
         self.mask[layer + 1] = mask
         return fused
-
-    def _must(self, product: Product, side: bool = False) -> Multiply:
-        launch = self.device.multiply(product, side)
-        if launch is None:
-            raise RuntimeError(f"the library has no algorithm for the product {product.key()}")
-        return launch
 
     def _plan_weight_gradient(self, layer: int) -> Multiply:
         """grads of weight = d^T x; and of bias = column sums of d where that is fused."""
@@ -226,11 +196,7 @@ class PlannedNetwork:
 
         steps : the table of steps on the device (`ops.launches.STEP` records).
         """
-        layers, launches = self.spec.num_layers, []
-        for layer in range(layers):
-            launches.append(self._forward_products[layer])
-            if layer < layers - 1:
-                launches += self._activate(layer, steps)
+        layers, launches = self.spec.num_layers, self.forward_launches(steps)
         launches.append(self._loss_kernel(steps))
         if not self._sums_bias[-1]:
             launches.append(self._backward_kernel(layers, steps, "identity", None))
@@ -245,27 +211,6 @@ class PlannedNetwork:
         if self.concurrent and layers > 1:
             launches.append(Join())
         return launches
-
-    def _dropout(self, layer: int) -> tuple[Any, ...]:
-        """The kernels' words about dropout behind hidden `layer`."""
-        rate = self.spec.dropout
-        return (np.uint64(counter.mix64(self.seed)), np.uint64(layer),
-                np.uint32(counter.threshold(rate) if rate else 0), np.float32(1.0 / (1.0 - rate)))
-
-    def _activate(self, layer: int, steps: Any) -> list[Kernel]:
-        """What the forward product of hidden `layer` leaves to do."""
-        at, pre, kind = layer + 1, self.pre[layer + 1], self.spec.activation
-        if pre is None:
-            if not self.spec.dropout:
-                return []
-            pre, kind = self.x[at], "identity"
-        grid = max(1, min(16 * self.device.multiprocessors, -(-self.capacity * self.widths[at] // THREADS)))
-        return [Kernel(f"activate_{self._suffix}", grid, THREADS, (*self._about(at, steps, kind), pre, self.x[at]))]
-
-    def _about(self, at: int, steps: Any, kind: str) -> tuple[Any, ...]:
-        """What the activation kernels are told about x[at] or d[at]."""
-        return (self.control, steps, np.int32(_ACTIVATION[kind]), *self._dropout(at - 1), np.int32(self.capacity),
-                np.int32(self.spec.sizes[at]), np.int32(self.widths[at]))
 
     def _activate_backward(self, layer: int, steps: Any) -> list[Kernel]:
         """What the product that made d[layer] leaves to do: derivative, dropout, and the sums for the bias below."""
@@ -383,19 +328,11 @@ class PlannedNetwork:
             launches.append(launch)
         return launches
 
-    def narrow_params(self) -> list[Kernel]:
-        """Return the launch that rounds the parameters into their bf16 copy: after they came from outside. Local."""
-        if self.copy is None:
-            return []
-        grid = max(1, min(16 * self.device.multiprocessors, -(-self.layout.size // THREADS)))
-        return [Kernel("narrow", grid, THREADS, (np.uint64(self.layout.size), self.params, self.copy))]
-
     def set_params(self, flat: np.ndarray) -> None:
         """Take the host vector `flat` of the layout as the parameters; a new average begins there. Local."""
-        self.device.upload(flat, self.params)
+        super().set_params(flat)
         if self.averaged is not None:
             self.device.upload(np.concatenate([flat[start:stop] for start, stop in self.ranges]), self.averaged)
-        self.device.run(self.narrow_params())
 
     def step_lines(self, out: np.ndarray, first: int, rates: Any) -> None:
         """Fill what the update needs into the lines of the host table `out`: steps first, first + 1, ... of the run.
@@ -418,6 +355,3 @@ class PlannedNetwork:
 
 def _cut(vector: Any, piece: slice) -> Any:
     return None if vector is None else vector[piece]
-
-
-_ACTIVATION = {kind: number for number, kind in enumerate(activations.KINDS)}

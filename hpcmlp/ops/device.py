@@ -19,6 +19,7 @@ class DeviceOps(PlainOps):
     """
 
     fused = False
+    plans = True
 
     def __init__(self, xp: Any, identity: str = ""):
         super().__init__(xp)

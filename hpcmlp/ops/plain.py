@@ -20,6 +20,7 @@ LAYER_NORM_EPS = 1e-5
 class PlainOps:
     """The operations over the array module `xp`; the other sides inherit what they do not do better."""
 
+    plans = False       # whether its arrays are a device's that runs planned launches (`ops.open_planned`)
     NEEDS_PRE = activations.NEEDS_PRE
     ACTIVATIONS = activations.KINDS
     LOSSES = losses.KINDS

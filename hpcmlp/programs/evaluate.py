@@ -41,7 +41,8 @@ def _evaluate(config: EvaluateConfig, comm: Any) -> None:
     if note and comm.rank == 0:
         print(f"note: {note}", file=sys.stderr)
     max_rows = max(1, min(config.rows_per_batch, -(-loader.num_rows // comm.size)))
-    network = open_network(model, flat, ops, max_rows)
+    with agreed(comm):
+        network = open_network(model, flat, ops, max_rows)
     figures = evaluate_split(network, ops, loss, loader, comm, manifest, top_k=config.top_k)
     if comm.rank == 0:
         result = {"split": config.split, **figures, "run": config.run, "data": str(directory), "step": model.step,

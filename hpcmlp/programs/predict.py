@@ -53,7 +53,8 @@ def _predict(config: PredictConfig, comm: Any) -> None:
         rows = Rows(config, model, comm)
         outputs = Outputs(model)
     ops, note = open_arithmetic(config.device, comm)
-    network = open_network(model, flat, ops, max(1, min(config.rows_per_batch, rows.own[1] - rows.own[0])))
+    with agreed(comm):
+        network = open_network(model, flat, ops, max(1, min(config.rows_per_batch, rows.own[1] - rows.own[0])))
     inputs = Inputs(network, ops, model.load_shift, model.load_scale)
     temporary, place = None, b""
     try:

@@ -16,6 +16,7 @@ from hpcmlp.comm.messages import broadcast, broadcast_bytes, sum_in_place
 from hpcmlp.errors import ConfigError
 from hpcmlp.nn.metrics import NAN, ClassMetrics, LabelMetrics, OutputMetrics, QuantileMetrics
 from hpcmlp.nn.network import Network, NetworkSpec
+from hpcmlp.ops import open_planned
 from hpcmlp.run.checkpoint import Model, load_model
 
 
@@ -39,8 +40,17 @@ def open_model(run: str, which: str, comm: Any) -> tuple[Model, np.ndarray]:
     return Model(**{**values, "params": layout.views(flat)}), flat
 
 
-def open_network(model: Model, flat: np.ndarray, ops: Any, max_rows: int) -> Network:
-    """Return a network that predicts with the host parameters `flat`, which it may keep. Local."""
+def open_network(model: Model, flat: np.ndarray, ops: Any, max_rows: int) -> Any:
+    """Return a network that predicts with the host parameters `flat`, which it may keep.
+
+    Local: on a GPU a `nn.planned_forward.Predictor` where there can be one. Raises Unavailable where the device lacks
+    something.
+    """
+    if ops.plans and not (model.spec.layer_norm or model.spec.residual):
+        from hpcmlp.nn.planned_forward import Predictor
+        predictor = Predictor(model.spec, open_planned(ops), max_rows)
+        predictor.set_params(predictor.layout.pack(model.params))
+        return predictor
     params = ops.zeros(flat.shape, np.float32)
     ops.from_host(flat, params)
     return Network(model.spec, ops, max_rows, params)

@@ -25,7 +25,7 @@ class Judge:
         self._parts = parts
         self.monitor = monitor if monitor != "auto" else \
             ("accuracy" if parts.manifest.task == "classification" else "loss")
-        self._network: Network | None = None  # for parameters that are not the live ones
+        self._network: Any = None   # for parameters that are not the live ones
 
     def validate(self) -> dict[str, Any]:
         """Evaluate the validation rows with the usable parameters and keep them when they are the best so far.
@@ -62,12 +62,20 @@ class Judge:
             with p.strategy.showing(flat):
                 return evaluate_split(Entered(network, p.strategy, turns.count), p.ops, p.loss, turns, p.comm,
                                       p.manifest, full=False)
-        if p.on_device:     # its vectors are padded
-            flat = p.spec.layout().pack(network.layout.views(flat))
-        if flat is not network.params:
+        if p.on_device or flat is not network.params:
             if self._network is None:
-                rows = min(EVALUATION_ROWS, max(p.manifest.rows("val"), p.manifest.rows("test")))
-                self._network = Network(p.spec, p.ops, rows)
+                self._network = self._open()
             network = self._network
-            p.ops.from_host(flat, network.params)
+            if p.on_device:     # its vectors are padded, to other lengths
+                network.set_params(network.layout.pack(p.network.layout.views(flat)))
+            else:
+                p.ops.from_host(flat, network.params)
         return evaluate_split(network, p.ops, p.loss, loader, p.comm, p.manifest, full=False)
+
+    def _open(self) -> Any:
+        p = self._parts
+        rows = min(EVALUATION_ROWS, max(p.manifest.rows("val"), p.manifest.rows("test")))
+        if not p.on_device:
+            return Network(p.spec, p.ops, rows)
+        from hpcmlp.nn.planned_forward import Predictor
+        return Predictor(p.spec, p.on_device.device, rows)

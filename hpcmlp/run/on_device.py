@@ -77,7 +77,7 @@ def plan_on_device(parts: Any) -> OnDevice:
             precision=c.precision, target_width=target_width, clip_norm=c.clip_norm, average=c.ema, seed=c.seed,
             ranges=parts.strategy.ranges, params=params, grads=grads, layout=layout)
         samples = _samples(parts, device, target_width)
-    gpus = _exchange(parts.comm, device, layout.size // topology.size) if path == "nccl" else None
+    gpus = open_collectives(parts.comm, device, layout.size // topology.size) if path == "nccl" else None
     steps = PlannedSteps(network, samples, parts.loader.order, parts.schedule.lr, topology.rank, topology.size,
                          path != "host", gpus)
     network.set_params(layout.pack(parts.spec.layout().views(parts.initial_parameters())))
@@ -131,7 +131,11 @@ def _path(config: Any, comm: Any, device: Any, identity: str) -> tuple[str, str]
     return ("host", why) if why else ("nccl", "")
 
 
-def _exchange(comm: Any, device: Any, part: int) -> Any:
+def open_collectives(comm: Any, device: Any, part: int) -> Any:
+    """Return the collectives that are captured into steps: NCCL's, on the emulated device their stand-in.
+
+    Collective over `comm`. part : elements of a rank's part of the flat vectors.
+    """
     from hpcmlp.comm.nccl import Nccl, OverHost
     return Nccl(comm, device.stream, part) if device.prefers_nccl else OverHost(comm, part)
 

@@ -10,6 +10,7 @@ import pytest
 from hpcmlp.errors import Unavailable
 from hpcmlp.nn.layout import Layout, PaddedLayout
 from hpcmlp.nn.network import NetworkSpec
+from hpcmlp.nn.planned_forward import Predictor
 from hpcmlp.ops.emulated import EmulatedDevice
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "check_steps.py"
@@ -159,3 +160,32 @@ def test_padded_layout_holds_the_logical_tensors():
     assert all(start % PaddedLayout.SLOT == 0 for start in padded.starts)
     assert padded.slot(flat, "layers.0.weight").size == 48 * 32
     assert isinstance(padded, Layout)
+
+
+ACTIVATIONS = ("relu", "gelu", "tanh", "identity", "leaky_relu")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", (1, 17, 40))
+def test_predictions_are_those_of_the_host(device, activation, rows):
+    spec = NetworkSpec((28, 40, 33, 10), activation, dropout=0.3)
+    flat = check.initialize(spec, 3, "auto", np.float32)
+    host = check.Network(spec, check.PlainOps(np), 40, flat.astype(np.float64), dtype=np.float64)
+    predictor = Predictor(spec, device, 40)
+    predictor.set_params(predictor.layout.pack(spec.layout().views(flat)))
+    x = np.random.default_rng(0).standard_normal((40, 28), dtype=np.float32)
+    predictor.forward(x)        # what a fuller batch leaves behind is nobody's
+    x[0, 3] = np.nan
+    got, wanted = predictor.forward(x[:rows]), host.forward(x[:rows].astype(np.float64))
+    assert got.shape == (rows, 10) and got.dtype == np.float32
+    assert np.isnan(got[0]).all() and np.isnan(wanted[0]).all()     # the library's own relu would hide it
+    assert np.allclose(got[1:], wanted[1:], rtol=1e-5, atol=1e-5)
+    assert not predictor.x[-1].reshape(40, 16)[1:, 10:].any()       # padding
+
+
+def test_predictions_do_not_touch_the_steps(device):
+    problem = check.Problem(check.TABLE[1])
+    wanted, records, _ = check.run_on(device, problem, "bf16", 6)
+    Predictor(problem.spec, device, 8).forward(problem.x[:8])
+    got, same, _ = check.run_on(device, problem, "bf16", 6)
+    assert np.array_equal(got, wanted) and same.tobytes() == records.tobytes()

@@ -2,6 +2,7 @@
 
 import json
 
+import h5py
 import numpy as np
 import pytest
 
@@ -126,13 +127,22 @@ def test_what_was_trained_on_the_device_goes_on_and_is_used_on_the_cpu(flowers, 
     assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 1e-5
     judged = [hpcmlp("evaluate", tmp_path / "run", "--json", "--device", device, env=EMULATED)
               for device in ("cpu", "gpu")]
-    accuracy = [json.loads(done.stdout)["accuracy"] for done in judged]
-    assert accuracy[0] == accuracy[1]
+    on_host, on_device = (json.loads(done.stdout) for done in judged)
+    assert on_host["accuracy"] == on_device["accuracy"] and np.isclose(on_host["loss"], on_device["loss"], rtol=1e-5)
+    for device in ("cpu", "gpu"):
+        done = hpcmlp("predict", tmp_path / "run", flowers, "--split", "test", "--out", tmp_path / f"{device}.h5",
+                      "--device", device, ranks=2 if device == "gpu" else None, env=EMULATED)
+        assert done.returncode == 0, done.stderr
+    with h5py.File(tmp_path / "cpu.h5") as host, h5py.File(tmp_path / "gpu.h5") as there:
+        assert np.allclose(host["probability"][:], there["probability"][:], atol=1e-5)
+        assert np.array_equal(host["label"][:], there["label"][:])
 
 
 def test_options_outside_the_plan_take_plain_operations_and_say_so(flowers, hpcmlp, tmp_path):
     done = train(hpcmlp, flowers, tmp_path / "run", "--device", "gpu", "--layer-norm")
     assert done.returncode == 0 and "plain operations of CuPy (--layer-norm)" in done.stdout, done.stderr
+    judged = hpcmlp("evaluate", tmp_path / "run", "--json", "--device", "gpu", env=EMULATED)
+    assert judged.returncode == 0 and json.loads(judged.stdout)["accuracy"] > 0.5, judged.stderr
 
 
 def test_precision_that_cannot_take_effect_is_an_error(flowers, refusals, tmp_path):
