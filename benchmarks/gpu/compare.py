@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import check_paths
 import check_steps
 import numpy as np
 from cases import CASES, Case
@@ -157,6 +158,7 @@ def main() -> int:
         attempt("what can be fused", lambda: check_steps.probe(device))
     if "check" not in skip:
         attempt("steps against float64", lambda: check_steps.check_all(device, failures))
+        check_paths.check_all(attempt, device)
     if "times" not in skip:
         for name in args.cases.split(","):
             results.append(attempt(f"times of {name}", lambda name=name: time_case(device, CASES[name], peer, modes)))

@@ -1,46 +1,33 @@
 """Steps of several emulated devices by themselves: what a step gathers, and what all ranks hold when it counts."""
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hpcmlp.comm.nccl import OverHost
-from hpcmlp.data.order import Order
-from hpcmlp.data.samples import Samples
 from hpcmlp.errors import Unavailable
-from hpcmlp.nn.layout import PaddedLayout, pad
-from hpcmlp.nn.planned import PlannedNetwork
-from hpcmlp.ops.device import DeviceOps
 from hpcmlp.ops.emulated import EmulatedDevice
-from hpcmlp.sync.device_step import TogetherStep
-from hpcmlp.sync.planned import DeviceSamples, PlannedSteps
 
-BATCH, STEPS = 64, 12
+GPU_PROGRAMS = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+STEPS = 12
 DUE = (4, 11)
 
 
-def load_problems():
-    """The made-up samples of the program that checks a real GPU."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "check_steps.py"
-    spec = importlib.util.spec_from_file_location("check_steps", path)
-    module = sys.modules.get("check_steps") or importlib.util.module_from_spec(spec)
-    if sys.modules.setdefault("check_steps", module) is module and not hasattr(module, "TABLE"):
-        spec.loader.exec_module(module)
-    return module
-
-
-check = load_problems()
+@pytest.fixture
+def paths(monkeypatch):
+    """The steps are those of the program that checks a real GPU."""
+    monkeypatch.syspath_prepend(GPU_PROGRAMS)
+    return importlib.import_module("check_paths")
 
 
 class Counting(OverHost):
     """Notes the type of what is gathered; `masters`: gathers the parameters instead of the copy, and rounds them."""
 
-    def __init__(self, comm, part, masters):
+    def __init__(self, comm, part, masters, network):
         super().__init__(comm, part)
-        self.masters, self.network, self.gathered = masters, None, []
+        self.masters, self.network, self.gathered = masters, network, []
 
     def gather_parts(self, array):
         self.gathered.append(array.dtype)
@@ -51,37 +38,31 @@ class Counting(OverHost):
         self.network.device.run(self.network.narrow_params())
 
 
-def run(comm, precision, masters=False):
-    """Take the steps; returns network, exchange, results, and the parameters as they were before the last ones."""
+def run(paths, comm, precision, masters=False):
+    """Take the steps; returns network, exchange, results, and the parameters as they were before the last one."""
     try:
         device = EmulatedDevice()
     except Unavailable as reason:
         pytest.skip(str(reason))
-    p, rank, size = check.Problem(check.TABLE[0]), comm.rank, comm.size
-    layout = p.spec.layout(PaddedLayout)
-    layout.size = pad(layout.size, PaddedLayout.WIDTH * size)
-    part = layout.size // size
-    network = PlannedNetwork(p.spec, p.loss, device, -(-BATCH // size), p.rule, p.hyper, precision=precision,
-                             average=0.9, clip_norm=0.5, ranges=[(rank * part, (rank + 1) * part)], layout=layout)
-    network.set_params(layout.pack(p.spec.layout().unpack(p.flat)))
-    exchange = Counting(comm, part, masters)
-    exchange.network = network
-    samples = DeviceSamples(device, Samples(p.x, p.y, p.weight), [0, 1, 2])
-    steps = PlannedSteps(network, samples, Order(check.SHARDS, BATCH, seed=3), p.rate, rank, size, True, exchange)
-    step = TogetherStep(steps, lambda number: number in DUE, comm, DeviceOps(np))
-    results, before = [], None
-    for number in range(STEPS):
-        if number == STEPS - 1:
-            steps.queue(step._first + step._sent, step._count - step._sent)     # all but the last one
-            step._sent, before = step._count, network.params.copy()
-        results.append(step.run(None, number, p.rate(number), check=True))
-    return network, exchange, [r for r in results if r.steps], before
+    made, before = [], []
+
+    def make(network, part):
+        made.append(Counting(comm, part, masters, network))
+        return made[0]
+
+    def between(step):
+        step.steps.queue(step._first + step._sent, step._count - step._sent)
+        step._sent = step._count
+        before.append(step.network.params.copy())
+
+    network, results = paths.run_together(device, comm, precision, make, STEPS, DUE, between)
+    return network, made[0], results, before[0]
 
 
 @pytest.mark.mpi
-def test_bf16_steps_gather_the_copy_and_all_ranks_hold_exact_parameters_when_something_is_due(comm):
-    network, exchange, results, before = run(comm, "bf16")
-    other, masters, same, _ = run(comm, "bf16", masters=True)
+def test_bf16_steps_gather_the_copy_and_all_ranks_hold_exact_parameters_when_something_is_due(paths, comm):
+    network, exchange, results, before = run(paths, comm, "bf16")
+    other, masters, same, _ = run(paths, comm, "bf16", masters=True)
     assert [r.steps for r in results] == [5, 7] and all(r.replicas_agree and not r.skipped for r in results)
     assert exchange.gathered.count(np.dtype(np.uint16)) == STEPS
     assert exchange.gathered.count(np.dtype(np.float32)) == len(DUE)
@@ -98,14 +79,14 @@ def test_bf16_steps_gather_the_copy_and_all_ranks_hold_exact_parameters_when_som
 
 
 @pytest.mark.mpi
-def test_float32_steps_gather_the_parameters_and_nothing_twice(comm):
-    network, exchange, results, _ = run(comm, "float32")
+def test_float32_steps_gather_the_parameters_and_nothing_twice(paths, comm):
+    network, exchange, results, _ = run(paths, comm, "float32")
     assert exchange.gathered == [np.dtype(np.float32)] * STEPS and all(r.replicas_agree for r in results)
     assert len(set(comm.allgather(network.params.tobytes()))) == 1
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_copy_that_differs_is_seen(comm, monkeypatch):
+def test_a_copy_that_differs_is_seen(paths, comm, monkeypatch):
     gather = Counting.gather_parts
 
     def wrong(exchange, array):
@@ -114,5 +95,13 @@ def test_a_copy_that_differs_is_seen(comm, monkeypatch):
             array[exchange.network.layout.starts[0]] ^= 1
 
     monkeypatch.setattr(Counting, "gather_parts", wrong)
-    _, _, results, _ = run(comm, "bf16")
+    _, _, results, _ = run(paths, comm, "bf16")
     assert not results[0].replicas_agree
+
+
+@pytest.mark.parametrize("check", ("check_predictions", "check_together"))
+def test_what_a_real_gpu_is_asked_holds_on_the_emulated_one(paths, check):
+    try:
+        getattr(paths, check)(EmulatedDevice())
+    except Unavailable as reason:
+        pytest.skip(str(reason))
