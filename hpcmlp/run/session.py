@@ -7,6 +7,7 @@ import numpy as np
 
 from hpcmlp.comm import messages
 from hpcmlp.comm.agreement import agreed
+from hpcmlp.comm.reach import Offered, reach
 from hpcmlp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Session:
             self._vectors |= local.outer_state()
         self.progress = Progress()
         self.best: Any = None  # this rank's ranges of the best parameters
-        self._copies: dict[str, np.ndarray] = {}  # what `capture` copies into
+        self._copies: dict[str, Offered] = {}  # what `capture` copies into, on rank 0
+        self._reached: dict[tuple[str, int], tuple[np.ndarray | None, list[bool]]] = {}  # on all ranks; see `_reach`
         self._ranges: dict[tuple[int, int], list[list[tuple[int, int]]]] = {}
 
     def usable(self) -> np.ndarray:
@@ -107,36 +109,45 @@ class Session:
         Local, on rank 0; any thread, while no capture is under way. `best`: there will be a best state.
         """
         for name in ("params", *self._vectors, *["best"] * best):
-            self._copy_of(name).fill(0)
+            self._copy_of(name).array.fill(0)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of a captured state, without what narrow wires carry. Local."""
         return self.network.layout.size * self.network.dtype.itemsize * (2 + len(self._vectors))
 
-    def _copy_of(self, name: str) -> np.ndarray:
+    def _copy_of(self, name: str) -> Offered:
         if name not in self._copies:
-            self._copies[name] = messages.aligned_zeros(self.network.layout.size, self.network.dtype)
+            strategy = self._vectors[name][0] if name in self._vectors else self.strategy
+            # Memory of its own takes huge pages, and so is faster.
+            private = name == "params" or self._has_all(strategy.ranges)
+            self._copies[name] = Offered(self.network.layout.size, self.network.dtype, private)
         return self._copies[name]
+
+    def _has_all(self, ranges: list[tuple[int, int]]) -> bool:
+        return sum(stop - start for start, stop in ranges) == self.network.layout.size
 
     def capture(self, meta: dict[str, Any]) -> "State | None":
         """Return the whole state with `meta` added on rank 0, None elsewhere: a node need not hold it often.
 
         Collective. The state is a copy in memory that is used again: it is the caller's until the next capture. Ranks
-        send what they own straight into it, so that rank 0 spends little more than the time of one copy.
+        of rank 0's node write what they own into it, all at once, others send it there: that takes less than the time
+        of one copy.
         """
         layout, keep = self.network.layout, self.comm.rank == 0
         self._settle()
         self.strategy.finish()
         flats: dict[str, np.ndarray] = {}
+        messages.barrier(self.comm)  # rank 0 has no more use for the state before
         if keep:
-            flats["params"] = self._copy_of("params")
+            flats["params"] = self._copy_of("params").array
             self.strategy.ops.to_host(self.network.params, flats["params"])
         vectors = dict(self._vectors)
         if self.best is not None:
             vectors["best"] = self.strategy, self.best
         for name, (strategy, array) in vectors.items():
             flats[name] = self._collect(name, strategy, array)
+        messages.barrier(self.comm)  # what the others write is there
         carried = self._exchange.carried()
         if not keep:
             return None
@@ -164,24 +175,36 @@ class Session:
         return self.usable() if self.best is None else self.strategy.whole(self.best)
 
     def _collect(self, name: str, strategy: Any, array: Any) -> np.ndarray | None:
-        """Bring the ranges that the ranks own of a vector into rank 0's copy of it. Collective."""
-        ranges, ops = self._owners(strategy), strategy.ops
-        apart = sum(stop - start for start, stop in ranges[0]) < self.network.layout.size  # else rank 0 has it all
-        if self.comm.rank == 0:
-            flat, at = self._copy_of(name), 0
-            for start, stop in ranges[0]:
+        """Bring the ranges that the ranks own of a vector into rank 0's copy of it; once all are here it is whole.
+
+        Collective; waits for ranks of other nodes only.
+        """
+        rank, ranges, ops = self.comm.rank, self._owners(strategy), strategy.ops
+        if self._has_all(ranges[0]):
+            ranges = [ranges[0], *[[]] * (self.comm.size - 1)]
+        flat, reaches = self._reach(name)
+        if flat is not None:
+            at = 0
+            for start, stop in ranges[rank]:
                 ops.to_host(array[at:at + stop - start], flat[start:stop])
                 at += stop - start
-            if apart:
-                messages.collect(self.comm, None, ranges, flat)
-            return flat
-        if apart:
+            part = None
+        elif isinstance(array, np.ndarray):
             part = array
-            if not isinstance(array, np.ndarray):
-                part = np.empty(array.shape, array.dtype)
-                ops.to_host(array, part)
-            messages.collect(self.comm, part, ranges, None)
-        return None
+        else:
+            part = np.empty(array.shape, array.dtype)
+            ops.to_host(array, part)
+        sent = [[] if there else own for there, own in zip(reaches, ranges, strict=True)]
+        messages.collect(self.comm, part, sent, flat)
+        return flat
+
+    def _reach(self, name: str) -> tuple[np.ndarray | None, list[bool]]:
+        """Return rank 0's copy of a vector, None where it is out of reach, and who reaches it. Collective at first."""
+        key = name, id(self.comm)
+        if key not in self._reached:
+            offered = self._copy_of(name) if self.comm.rank == 0 else None
+            self._reached[key] = reach(self.comm, offered, self.network.layout.size, self.network.dtype)
+        return self._reached[key]
 
     def _owners(self, strategy: Any) -> list[list[tuple[int, int]]]:
         """Return the ranges of the flat vector that each rank owns. Collective the first time."""
