@@ -211,15 +211,19 @@ def _kill(number: int, last: int) -> None:
 
 
 def fall_back(run: Path, calls: FileCalls, good: list) -> list:
-    """The newest turns bad on the disk: it is passed over, set aside, and the one before is the newest."""
+    """The newest turns bad on the disk: it is passed over, set aside, and the one before is the newest.
+
+    Until the directory is synced, a checkpoint newer than that one may come back whose deletion is not certain.
+    """
     bad = checkpoint.list_checkpoints(run)[0] / "state.h5"
     image = bytearray(bad.read_bytes())
     image[len(image) // 2] ^= 4
     bad.write_bytes(image)
     older = checkpoint.list_checkpoints(run)[1]
+    marks = [m for path, m in good if path != bad.parent]
     mark = next(m for path, m in good if path == older)
     calls.note("damage", str(bad), bytes(image))
-    calls.note("require", "", (mark,), False)
+    calls.note("require", "", tuple(marks[marks.index(mark):]), False)
     path, _, _ = checkpoint.find_newest(run)
     checkpoint.set_aside(run, path)
     calls.note("require", "", (mark,), True)
@@ -283,7 +287,7 @@ def judge(tree: dict[str, bytes | None], place: Path, allowed: tuple, quiet: boo
         return f"raises {error}"
     mark = None if found is None else found.meta.get("mark")
     if mark not in allowed:
-        return "nothing is found" if found is None else f"finds step {found.meta['step']}, older than acknowledged"
+        return "nothing is found" if found is None else f"finds step {found.meta['step']}, not what was acknowledged"
     if found is not None and fingerprint(found) != made[mark]:
         return "finds other values than were saved"
     if quiet and notes:

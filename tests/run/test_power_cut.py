@@ -27,6 +27,12 @@ def test_no_state_of_the_disk_loses_what_was_acknowledged(monkeypatch):
         assert states > 50 and wrong == []
 
 
+def test_what_comes_back_of_a_deletion_that_was_not_certain_is_no_loss():
+    """In this life the newest turns bad while the deletion of the one before may still be undone; the best is older."""
+    states, wrong = power_cut.cut(22, 8000)
+    assert states > 900 and wrong == []
+
+
 @pytest.mark.parametrize("name", power_cut.MUTANTS)
 def test_a_writer_that_leaves_out_one_kind_of_fsync_is_caught(name):
     assert power_cut.caught(name, 1, 4, 600)
