@@ -116,7 +116,7 @@ class Account:
         if result.skips_at_end:
             progress.skipped += result.steps if result.skipped else result.skips_at_end
             self._log({"kind": "event", "event": "skipped update", "step": number + 1,
-                       "reason": "loss or gradient not finite"})
+                       "reason": "loss or gradient not finite", **_again(result)})
         if not result.skipped:
             progress.loss_sum += result.loss * result.weight
             progress.weight_sum += result.weight
@@ -124,7 +124,11 @@ class Account:
             if spike is not None:
                 self._log({"kind": "event", "event": "loss spike", "step": number + 1, "loss": result.loss,
                            "mean": spike[0], "spread": spike[1], "epoch": epoch,
-                           "batch": number % p.steps_per_epoch})
+                           "batch": number % p.steps_per_epoch, **_again(result)})
+        if result.deviants:
+            ranks = ", ".join(map(str, result.deviants))
+            self._console.line(f"warning: computed again, the loss of step {number + 1} has other bits on rank(s) "
+                               f"{ranks}: suspect the hardware there")
         if result.round is not None and (result.round.lost_steps or result.round.left_out):
             self._log({"kind": "event", "event": "left out", "step": number + 1, "ranks": result.round.left_out,
                        "rank_steps": result.round.lost_steps, "reason": "loss, gradient or state not finite"})
@@ -206,3 +210,8 @@ class Account:
         for rank in (r for r in slow[:3] if usual and busy[r] - usual > max(SLOW_SHARE * epoch_s, SLOW_LEAST_S)):
             self._console.line(f"rank {rank} is slow: {busy[rank]:.2f} s of computing and input this epoch, "
                                f"{busy[rank] / usual:.1f} times the usual")
+
+
+def _again(result: Any) -> dict[str, Any]:
+    """What an event says of ranks that have computed the loss again: whose had other bits."""
+    return {} if result.deviants is None else {"deviants": result.deviants}

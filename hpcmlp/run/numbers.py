@@ -52,6 +52,23 @@ def why_not_good(state: Any) -> str | None:
     return None
 
 
+def is_suspect(progress: Any, result: Any) -> bool:
+    """Return whether a step's result is one that faulty hardware gives, among others: no number, or a loss that jumps.
+
+    Local; the same on all ranks, before the step is counted.
+    """
+    return bool(result.not_finite) or result.weight > 0.0 and _jumps(progress, result.loss)
+
+
+def _spread(progress: Any) -> float:
+    """The standard deviation of the last losses."""
+    return math.sqrt(max(0.0, progress.loss_square - progress.loss_mean * progress.loss_mean))
+
+
+def _jumps(progress: Any, loss: float) -> bool:
+    return progress.losses_seen >= SPIKE_AFTER and loss > progress.loss_mean + SPIKE_SPREADS * _spread(progress)
+
+
 def is_spike(progress: Any, loss: float) -> tuple[float, float] | None:
     """Take the loss of a step into the running mean and spread; return both when it jumped out of them, else None.
 
@@ -59,10 +76,8 @@ def is_spike(progress: Any, loss: float) -> tuple[float, float] | None:
     as the largest loss that is none.
     """
     mean, square, seen = progress.loss_mean, progress.loss_square, progress.losses_seen
-    spread = math.sqrt(max(0.0, square - mean * mean))
-    limit = mean + SPIKE_SPREADS * spread
-    spike = seen >= SPIKE_AFTER and loss > limit
-    taken = min(loss, limit) if spike else loss
+    spread, spike = _spread(progress), _jumps(progress, loss)
+    taken = mean + SPIKE_SPREADS * spread if spike else loss
     weight = max(1.0 - _DECAY, 1.0 / (seen + 1))
     progress.loss_mean = mean + weight * (taken - mean)
     progress.loss_square = square + weight * (taken * taken - square)

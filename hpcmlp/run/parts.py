@@ -16,6 +16,7 @@ from hpcmlp.nn.optimizers import HYPER, Average, make_optimizer
 from hpcmlp.nn.schedules import DEFAULTS as SCHEDULES
 from hpcmlp.nn.schedules import Schedule, num_steps
 from hpcmlp.ops import open_ops
+from hpcmlp.run.numbers import is_suspect
 from hpcmlp.run.options import chosen, make_loss
 from hpcmlp.run.session import Session
 from hpcmlp.sync import Plan, make_strategy, plan
@@ -177,6 +178,8 @@ class Parts:
                                   outer_momentum=c.outer_momentum)
         else:
             self.step = Step(*parts, **options)
+            if c.device == "cpu":   # on a GPU, sums may come out otherwise by themselves
+                self.step.suspects = lambda result: is_suspect(self.session.progress, result)
         self.session = Session(self.comm, self.network, self.strategy, optimizer, average,
                                self.step if self.local else None)
         self._plan_apart()

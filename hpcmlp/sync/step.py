@@ -1,9 +1,12 @@
 """One optimizer step over all ranks, from the rows of a local batch to equal updated parameters."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 from hpcmlp.sync.control import ControlWords
 
@@ -19,7 +22,8 @@ class StepResult:
     for communication, `flight_s` that in which messages were under way: `comm_s` itself where nothing overlaps. With
     overlap a gathering counts in the step that waits for it. `bytes_sent` are this rank's; None where nobody counts.
     Where several steps are read back at once `last_loss` is the loss of the last one, `skipped` says that all of them
-    changed nothing, `skips` how many at their end.
+    changed nothing, `skips` how many at their end. `deviants` are the ranks whose loss had other bits when it was
+    computed again, None where it was not.
     """
 
     rows: int = 0
@@ -38,6 +42,7 @@ class StepResult:
     round: Any = None
     last_loss: float | None = None
     skips: int | None = None
+    deviants: list[int] | None = None
 
     @property
     def skips_at_end(self) -> int:
@@ -67,6 +72,11 @@ class Step:
     clip_norm : largest global gradient norm, or None.
     seed : seed of dropout.
     average : `nn.optimizers.Average` of the weights, or None.
+
+    Attributes
+    ----------
+    suspects : of which results, alike on all ranks, the ranks compute their losses again before anything is updated;
+        None: of none. The same rows and parameters give the same bits, unless a rank's hardware errs.
     """
 
     takes_batches = True    # `run` wants the rank's batch
@@ -81,6 +91,8 @@ class Step:
         self._x = ops.empty((self.micro_rows, sizes[0]), dtype)
         self._dlogits = ops.empty((self.micro_rows, sizes[-1]), dtype)
         self.words = ControlWords(strategy.size)
+        self.suspects: Callable[[StepResult], bool] | None = None
+        self._own_loss = 0.0
         self._sent_before: int | None = None
 
     def run(self, batch: Any, step: int, lr: float, *, stop: bool = False, check: bool = False,
@@ -101,7 +113,7 @@ class Step:
         self._sent_before = self.strategy.collective.bytes_sent
         if self.strategy.overlaps:
             self.strategy.progress.spent()      # between two steps: no part of this one
-        words = self.words
+        words, self._own_loss = self.words, 0.0
         words.clear()
         if stop:
             words.ask_to_stop()
@@ -115,6 +127,8 @@ class Step:
         result = StepResult(rows=words.rows, weight=words.weight, stop=words.stop,
                             replicas_agree=words.replicas_agree, not_finite=words.not_finite,
                             loss=words.loss / words.weight if words.weight else 0.0)
+        if self.suspects is not None and self.suspects(result):
+            result.deviants = self._compute_again(batch, step)
         if words.not_finite or words.weight == 0.0 or not result.replicas_agree:
             result.skipped = True
             if words.not_finite and self.strategy.overlaps:
@@ -163,6 +177,21 @@ class Step:
             words.mark_not_finite()
             strategy.grads[...] = 0
 
+    def _compute_again(self, batch: Any, step: int) -> list[int]:
+        """Compute this rank's loss again; return the ranks that get other bits than before.
+
+        Collective: no rank updates parameters of the node that another still reads.
+        """
+        first, sums, self._own_loss = self._own_loss, self.words.array.copy(), 0.0
+        for start in range(0, max(batch.rows, 1), self.micro_rows):
+            self._forward(batch, start, min(start + self.micro_rows, batch.rows), step)
+        self.words.array[...] = sums
+        found = np.zeros(self.strategy.size)
+        same = self._own_loss == first or math.isnan(self._own_loss) and math.isnan(first)
+        found[self.strategy.collective.rank] = not same
+        self.strategy.collective.all_reduce(found)
+        return [int(rank) for rank in np.flatnonzero(found)]
+
     def _forward(self, batch: Any, start: int, stop: int, step: int, **calls: Any) -> Any:
         """Take rows of the batch through the network and the loss; return the gradient of the logits."""
         ops = self.ops
@@ -172,6 +201,7 @@ class Step:
         weights = None if batch.weights is None else batch.weights[start:stop]
         loss, weight = self.loss(ops, logits, ops.bring(batch.targets[start:stop]), ops.bring(weights), dlogits)
         self.words.add_loss(stop - start, weight, loss)
+        self._own_loss += loss
         return dlogits
 
     def _close(self, start: int, stop: int) -> None:

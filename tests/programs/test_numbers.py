@@ -65,6 +65,7 @@ def test_a_loss_that_jumps_is_counted_and_its_batch_named(flowers, hpcmlp, tmp_p
     assert train(hpcmlp, flowers, tmp_path / "run", ranks=None, fault="step=40,act=scale:1000").returncode == 0
     found = [e for e in events(tmp_path / "run") if e["event"] == "loss spike"]
     assert found and found[0]["step"] == 41 and (found[0]["epoch"], found[0]["batch"]) == divmod(40, 23)
+    assert all(e["deviants"] == [] for e in found)      # the same bits again: it is no hardware of a rank
     assert summary(tmp_path / "run")["loss_spikes"] == len(found)
     assert train(hpcmlp, flowers, tmp_path / "calm").returncode == 0
     assert summary(tmp_path / "calm")["loss_spikes"] == 0 and not events(tmp_path / "calm")

@@ -37,7 +37,7 @@ class Rows:
 class Alone:
     """The collective of one rank."""
 
-    part = bytes_sent = 0
+    part = rank = bytes_sent = 0
     narrow = False
 
     def empty(self, size, dtype):
@@ -213,6 +213,30 @@ def test_one_rank_with_nan_makes_all_ranks_skip_alike(comm, opened):
     np.testing.assert_array_equal(step.network.params, before)
     after = step.run(Rows(*own_slice(comm)), 1, 0.01)
     assert not after.skipped and np.isfinite(step.network.params).all()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("name", ["ring", "shared", "native"])
+def test_a_rank_whose_loss_comes_out_otherwise_is_named_to_all_and_the_step_is_as_ever(comm, name, whole, opened):
+    plain, step = (make_step(opened(name), comm.size, whole=whole, micro_batches=2) for _ in range(2))
+    odd, wrong, honest = comm.size - 1, [], step.loss
+
+    def loss(*arguments):
+        total, weight = honest(*arguments)
+        return total + (wrong.pop() if wrong else 0.0), weight
+
+    step.loss = loss
+    for k, (suspected, error, expected) in enumerate([(False, 0.5, None), (True, 0.0, []), (True, 0.5, [odd]),
+                                                      (True, np.nan, [odd])]):
+        step.suspects = lambda result, suspected=suspected: suspected
+        if comm.rank == odd:
+            wrong.append(error)
+        result = step.run(Rows(*own_slice(comm), k), k, 0.01)
+        assert result.deviants == expected and result.skipped == np.isnan(error)
+        if not result.skipped:
+            plain.run(Rows(*own_slice(comm), k), k, 0.01)
+        np.testing.assert_array_equal(step.network.params, plain.network.params)
 
 
 @pytest.mark.mpi(min_size=2)
