@@ -14,7 +14,9 @@ from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import Average, make_optimizer
+from hpcmlp.ops.device import DeviceOps
 from hpcmlp.ops.host import HostOps
+from hpcmlp.ops.staging import Late
 from hpcmlp.sync import buckets, make_strategy, plan
 from hpcmlp.sync.overlap import Progress, find_bucket_mb
 from hpcmlp.sync.step import Step, StepResult
@@ -42,16 +44,16 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(network_module, "PIECE_ROWS", 64)
 
 
-def make_step(collective, size, overlap, *, bucket=300, spec=SPEC, optimizer="adamw", **options):
+def make_step(collective, size, overlap, *, bucket=300, spec=SPEC, optimizer="adamw", ops=None, **options):
     """The same buckets and pieces with and without overlap: then only the time at which messages travel differs."""
-    ops = HostOps()
+    ops = ops or HostOps()
     layout = spec.layout()
-    network = Network(spec, ops, ROWS, collective.common(layout.size, np.float32),
-                      collective.empty(layout.size, np.float32), piece=PIECE)
+    host = collective.common(layout.size, np.float32), collective.empty(layout.size, np.float32)
+    network = Network(spec, ops, ROWS, *((None, None) if ops.plans else host), piece=PIECE)
     network.params[...] = initialize(spec, 3, "auto", np.float32)
     cut = buckets.cut(layout.size, spec.closings(PIECE), bucket, size)
     strategy = make_strategy(False, collective.narrow, overlap)(collective, cut, size, network.params, network.grads,
-                                                                ops)
+                                                                ops, host)
     if not overlap:    # the plain strategy reads whole weights in its forward pass: let it read the same pieces
         forward = network.forward
         network.forward = lambda *args, need=None, **kwargs: forward(*args, need=lambda start, stop: None, **kwargs)
@@ -117,6 +119,19 @@ OPTIONS = {
     "dropout": {"spec": NetworkSpec((7, 130, 130, 3), "relu", dropout=0.4, residual=True), "seed": 5},
     "norms of layers": {"optimizer": "lamb"},
 }
+
+
+@pytest.mark.mpi
+def test_staged_vectors_change_no_bit(comm, collectives):
+    """On a device whose copies are as late as waits allow, and are no numbers before."""
+    check_same(comm, collectives, ops=DeviceOps(np))
+
+
+@pytest.mark.mpi
+def test_staged_parameters_that_nobody_waited_for_show(comm, collectives, monkeypatch):
+    monkeypatch.setattr(Late, "settle", lambda stage: None)
+    results, _ = train(comm, collectives["ring"], True, ops=DeviceOps(np))
+    assert results[1].not_finite == comm.size
 
 
 @pytest.mark.mpi
