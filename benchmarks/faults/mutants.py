@@ -52,6 +52,7 @@ FAILED_WRITE = "tests/data/test_files.py -k failed_write"
 NOT_THERE = "tests/programs/test_names.py -k not_there"
 VIRTUAL = "tests/data/test_links.py -k virtual"
 SYNC = "        os.fsync(handle)\n    finally:\n        os.close(handle)\n    return"
+CHECKPOINT, CHECKPOINT_TEST = "hpcmlp/run/checkpoint.py", "tests/run/test_checkpoint.py"
 RENAME = "os.rename(temporary, path)\n        sync_directory(os.path.dirname(path) or"
 ATTACK = f"{SHARDS} -k attack_is_refused"
 UNSOUND = f"{READERS} -k unsound"
@@ -129,6 +130,11 @@ MUTANTS = (
            ABSURD),
     Mutant("TOML: parts of a key", CONFIG, 'if any(piece.count(b".") > _MOST_KEY_PARTS', 'if any(False',
            ABSURD),
+    Mutant("digest of a checkpoint", CHECKPOINT, "elif manifest[_DIGEST] != digest:", "elif False:",
+           f"{CHECKPOINT_TEST} -k flipped_byte"),
+    Mutant("digest of a checkpoint of before", CHECKPOINT,
+           'if manifest.get("sha256") != hashlib.sha256(image).hexdigest():', "if False:",
+           f"{CHECKPOINT_TEST} -k of_before"),
     Mutant("messages are shown, not obeyed", "hpcmlp/errors.py", "if not (line.isprintable() and line.isascii()):",
            "if False:", "tests/test_errors.py"),
     Mutant("messages are short", "hpcmlp/errors.py", "return line if len(line) <= limit else", "return line or",

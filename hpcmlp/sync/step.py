@@ -80,6 +80,8 @@ class Step:
     """
 
     takes_batches = True    # `run` wants the rank's batch
+    suspects: Callable[[StepResult], bool] | None = None
+    _own_loss = 0.0         # the sum over this rank's batch
 
     def __init__(self, network: Any, loss: Any, optimizer: Any, strategy: Any, ops: Any, *, rows: int,
                  micro_batches: int = 1, shift: Any = None, scale: Any = None, clip_norm: float | None = None,
@@ -91,8 +93,6 @@ class Step:
         self._x = ops.empty((self.micro_rows, sizes[0]), dtype)
         self._dlogits = ops.empty((self.micro_rows, sizes[-1]), dtype)
         self.words = ControlWords(strategy.size)
-        self.suspects: Callable[[StepResult], bool] | None = None
-        self._own_loss = 0.0
         self._sent_before: int | None = None
 
     def run(self, batch: Any, step: int, lr: float, *, stop: bool = False, check: bool = False,
