@@ -29,7 +29,7 @@ def environment():
     return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def run(command, folder, timeout=240):
+def run(command, folder, timeout=170):
     done = subprocess.run(["bash", "-euc", command], cwd=folder, env=environment(), capture_output=True, text=True,
                           timeout=timeout)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"

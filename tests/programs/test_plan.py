@@ -99,7 +99,7 @@ def test_a_written_job_holds_what_was_planned(hpcmlp, flowers, machine, tmp_path
 
 def test_calibration_writes_a_file_that_a_run_is_planned_with_and_compared_to(hpcmlp, flowers, tmp_path):
     path = tmp_path / "here.json"
-    done = hpcmlp("bench", "--calibrate", path, "--rounds", 1, "--json", ranks=2, timeout=240)
+    done = hpcmlp("bench", "--calibrate", path, "--rounds", 1, "--json", ranks=2, timeout=170)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["file"] == str(path)
     assert read_machine(path).busy == 2 and read_machine(path).wait_s(0.01, 2) > 0
