@@ -38,7 +38,7 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.11",
     packages=find_packages(include=["hpcmlp", "hpcmlp.*"]),
-    package_data={"hpcmlp.ops": ["gpu_kernels.cu", "gpu_emulated.h"]},
+    package_data={"hpcmlp.ops": ["gpu_kernels.cu", "gpu_products.cu", "gpu_emulated.h"]},
     ext_modules=extensions,
     install_requires=["mpi4py>=4.1", "numpy>=2", "h5py>=3.11"],
     extras_require={

@@ -13,6 +13,7 @@ from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import HYPER, make_optimizer
 from hpcmlp.nn.planned import PlannedNetwork
+from hpcmlp.ops.candidates import MAKERS
 from hpcmlp.ops.cublaslt import Product
 from hpcmlp.ops.plain import PlainOps
 from hpcmlp.sync.planned import DeviceSamples, PlannedSteps
@@ -42,23 +43,24 @@ class Problem:
     """Made-up samples in three shards, and the network, loss and rule of one line of the table."""
 
     def __init__(self, line: tuple, sizes: tuple[int, ...] = (28, 40, 33, 10), weighted: bool = True, seed: int = 0):
-        self.kind, spec, self.rule, hyper, self.options = line
+        self.kind, spec, self.rule, hyper, options = line
+        self.options = dict(options)    # tests add to them
         random = np.random.default_rng(seed)
         n, d, k = sum(SHARDS), sizes[0], sizes[-1]
         self.x = random.standard_normal((n, d), dtype=np.float32)
-        options = {}
+        of_loss: dict[str, Any] = {}
         if self.kind == "softmax_cross_entropy":
             self.y = random.integers(0, k, n).astype(np.int32)
-            options = {"label_smoothing": 0.1, "class_weights": tuple(0.5 + random.random(k))}
+            of_loss = {"label_smoothing": 0.1, "class_weights": tuple(0.5 + random.random(k))}
         elif self.kind == "quantile":
-            sizes, options = (*sizes[:-1], 6), {"quantiles": (0.1, 0.5, 0.9)}
+            sizes, of_loss = (*sizes[:-1], 6), {"quantiles": (0.1, 0.5, 0.9)}
             self.y = random.standard_normal((n, 2), dtype=np.float32)
         else:
             self.y = random.standard_normal((n, k), dtype=np.float32)
             if self.kind == "binary_cross_entropy":
                 self.y = (self.y > 0).astype(np.float32)
         self.weight = random.random(n, dtype=np.float32) + 0.5 if weighted else None
-        self.loss = Loss(self.kind, **options)
+        self.loss = Loss(self.kind, **of_loss)
         self.spec = NetworkSpec(sizes, **spec)
         self.hyper = HYPER[self.rule] | hyper
         self.flat = initialize(self.spec, 1, "auto", np.float32)
@@ -70,8 +72,13 @@ class Problem:
 
 
 def run_on(device: Any, problem: Problem, precision: str, steps: int, batch: int = 64,
-           beside: tuple[int, ...] | None = None, **options: Any) -> tuple[np.ndarray, np.ndarray, PlannedNetwork]:
-    """Return the parameters in the host's layout (float64), the result records and the network after `steps` steps."""
+           beside: tuple[int, ...] | None = None, algorithms: dict[str, str] | None = None,
+           **options: Any) -> tuple[np.ndarray, np.ndarray, PlannedNetwork]:
+    """Return the parameters in the host's layout (float64), the result records and the network after `steps` steps.
+
+    algorithms : choices that are taken over; those made in the run are added.
+    """
+    algorithms = {} if algorithms is None else algorithms
     p = problem
     network = PlannedNetwork(p.spec, p.loss, device, batch, p.rule, p.hyper, precision=precision, seed=5,
                              target_width=0 if p.y.ndim == 1 else p.y.shape[1], **p.options, **options)
@@ -79,6 +86,7 @@ def run_on(device: Any, problem: Problem, precision: str, steps: int, batch: int
     shift, scale = 0.1 * np.arange(p.x.shape[1]), 1.0 + 0.01 * np.arange(p.x.shape[1])
     samples = DeviceSamples(device, Samples(p.x, p.y, p.weight), [0, 1, 2], shift, scale)
     run = PlannedSteps(network, samples, Order(SHARDS, batch, seed=3), p.rate, beside=beside)
+    run.algorithms = dict(algorithms)
     number, records = 0, []
     while number < steps:
         now = min(run.room(number), steps - number)
@@ -90,6 +98,7 @@ def run_on(device: Any, problem: Problem, precision: str, steps: int, batch: int
     records.append(run.results())
     host = np.empty(network.layout.size, np.float32)
     device.download(network.params, host)
+    algorithms.update(run.algorithms)
     return p.spec.layout().pack(network.layout.unpack(host), np.float64), np.concatenate(records), network
 
 
@@ -136,12 +145,15 @@ def deviation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def check_all(device: Any, failures: list[str], steps: int = 40) -> None:
-    """Print and judge every line of the table in every precision."""
+    """Print and judge every line of the table in every precision, in float32 also by one maker's products alone."""
+    kinds = {precision: (precision, MAKERS) for precision in BOUNDS} \
+        | {f"float32, {maker} products": ("float32", (maker,)) for maker in MAKERS}
     for line in TABLE:
         problem = Problem(line)
         wanted, losses = run_float64(problem, steps)
-        for precision, bound in BOUNDS.items():
-            name = f"{line[0]} {line[1]} {line[2]} {precision}"
+        for kind, (precision, makers) in kinds.items():
+            name, bound = f"{line[0]} {line[1]} {line[2]} {kind}", BOUNDS[precision]
+            device.makers = makers
             try:
                 got, records, network = run_on(device, problem, precision, steps)
                 off = deviation(got, wanted)
@@ -153,6 +165,8 @@ def check_all(device: Any, failures: list[str], steps: int = 40) -> None:
             except Exception as error:
                 failures.append(name)
                 print(f"  BAD {name}: {type(error).__name__}: {error}")
+            finally:
+                device.makers = MAKERS
 
 
 def versions(device: Any) -> None:
@@ -168,7 +182,7 @@ def versions(device: Any) -> None:
 
 
 def probe(device: Any) -> None:
-    """Print how many algorithms there are per types, epilogue and width, and the time of the best of them."""
+    """Print how many algorithms the library has per types, epilogue and width, and the time of the best of them."""
     rows = 1024
     a, b, d = (device.zeros(4096 * 4096, np.float32) for _ in range(3))
     vector, mask = device.zeros(4096, np.float32), device.zeros(4096 * 4096 // 8, np.uint8)
@@ -189,7 +203,7 @@ def probe(device: Any) -> None:
                             aux=mask if aux else None, aux_ld=-(-width // 128) * 128 if aux else 0, **transposed)
                 try:
                     launch = device.multiply(p)
-                    line.append(f"{width}: {len(launch.planned.algorithms) if launch else 0}")
+                    line.append(f"{width}: {len(launch.ways.of('library')) if launch else 0}")
                 except RuntimeError as error:
                     line.append(f"{width}: {error}")
             print(f"  {kind:10s} {epilogue:14s} {'  '.join(line)}")

@@ -1,8 +1,9 @@
 """Check and time the GPU step on this machine, beside PyTorch where it is installed: one command, one table at the end.
 
-Prints what the library can fuse, the deviation of whole steps from float64, step times (ours and PyTorch's in turn),
-the products alone, and the time from the start of a process to its first step. Failures are printed and the rest goes
-on; the exit code is 1 if there were any.
+Prints what the library can fuse, the deviation of whole steps from float64 (in float32 also with the library's products
+alone and with our own alone), step times (ours and PyTorch's in turn), the products alone, by each maker, and which was
+taken, and the time from the start of a process to its first step. Failures are printed and the rest goes on; the exit
+code is 1 if there were any.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 from cases import CASES, Case
 from ours_step import OurStep, open_device
 
+from hpcmlp.ops.candidates import MAKERS
 from hpcmlp.sync.planned import BESIDE, BESIDE_ELEMENTS, BESIDE_TRIAL
 
 HERE = Path(__file__).resolve().parent
@@ -57,6 +59,11 @@ def time_case(device: Any, case: Case, peer: Peer | None, modes: tuple[str, ...]
     ours = {"ours": OurStep(device, case), "ours, one stream": OurStep(device, case, concurrent=False)}
     if ours["ours"].network.layout.size >= BESIDE_ELEMENTS:
         ours["ours, updates behind"] = OurStep(device, case, beside=())
+    if any(launch.ways.of("own") for launch in ours["ours"].network.products()):
+        for maker in MAKERS:
+            device.makers = (maker,)
+            ours[f"ours, {maker} products"] = OurStep(device, case)
+        device.makers = MAKERS
     counts, times = {}, {}
     for name, step in ours.items():
         step.run(3)
@@ -74,6 +81,10 @@ def time_case(device: Any, case: Case, peer: Peer | None, modes: tuple[str, ...]
         for name in times:
             times[name].append(ours[name].time_ms(counts[name]) if name in ours
                                else peer.time_ms(case.name, name, counts[name]))
+    ways = products_us(ours["ours"].network)
+    for line in ways:
+        fastest = ", ".join(f"{maker} {us:.2f} us" for maker, us in line["us"].items())
+        print(f"    {line['product']:50s} {fastest}; taken: {line['taken']} ({line['name']})")
     fused, plain, each = ours["ours"].products_ms()
     for key, ms in each:
         print(f"    {key:50s} {1e3 * ms:9.1f} us")
@@ -81,9 +92,23 @@ def time_case(device: Any, case: Case, peer: Peer | None, modes: tuple[str, ...]
     return {"case": case.name, "ms": {name: median(values) for name, values in times.items()},
             "spread": {name: [min(v), max(v)] for name, v in times.items()}, "wrong": wrong, "products_ms": fused,
             "plain_products_ms": plain, "tflops": case.flops / plain / 1e9, "graph_steps": step.steps.graph_steps,
-            "notes": step.network.notes, "beside": step.steps.beside, "algorithms": step.steps.algorithms,
+            "products": ways, "notes": step.network.notes, "beside": step.steps.beside,
+            "algorithms": step.steps.algorithms,
             "ways": {str(way): seconds for way, seconds in step.steps.way_times.items()},
             "whole_tflops": case.flops / median(times["ours"]) / 1e9}
+
+
+def products_us(network: Any) -> list[dict[str, Any]]:
+    """Return for every product of a step the time of the fastest way of each maker, us, and which one was taken."""
+    lines = []
+    for launch in network.products():
+        ways = launch.ways
+        best = {maker: 1e6 * min(ways.seconds[k] for k in ways.of(maker)) for maker in MAKERS
+                if ways.seconds and ways.of(maker)}
+        name, taken = ways.names[ways.choice], ways.makers[ways.choice]
+        lines.append({"product": launch.name, "us": best, "taken": taken,
+                      "name": name if taken == "own" else f"algorithm {ways.choice}"})
+    return lines
 
 
 def same_bits(device: Any, algorithms: dict[str, str]) -> None:
@@ -122,10 +147,10 @@ def show(result: dict[str, Any]) -> None:
         ways = {way: f"{1e6 * seconds / BESIDE_TRIAL:.0f}" for way, seconds in result["ways"].items()}
         print(f"    updates beside the next step {result['beside']}, as tried (us a step): {ways}")
     for name, value in ms.items():
-        print(f"    {name:18s} {1e3 * value:10.1f} us  [{1e3 * spread[name][0]:.1f}, {1e3 * spread[name][1]:.1f}]"
+        print(f"    {name:22s} {1e3 * value:10.1f} us  [{1e3 * spread[name][0]:.1f}, {1e3 * spread[name][1]:.1f}]"
               f"  {value / best:6.2f} x ours")
     for name, text in result["wrong"].items():
-        print(f"    {name:18s} failed: {text}")
+        print(f"    {name:22s} failed: {text}")
 
 
 def main() -> int:

@@ -69,7 +69,7 @@ class OurStep:
                  1e3 * self._time([replace(launch, side=False)] * 8) / 8)
                 for launch in self.steps.launches if isinstance(launch, Multiply | Kernel)
                 and launch.name != "finish_sums"]
-        main = [Multiply(launch.product, launch.planned) for launch in planned]
+        main = [Multiply(launch.product, launch.ways) for launch in planned]
         return 1e3 * self._time(main), 1e3 * self._time(plain), each
 
     def _time(self, launches: list[Any]) -> float:

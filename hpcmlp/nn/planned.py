@@ -5,8 +5,9 @@ Weights are row-major (out, in), activations (rows, width): seen column-major, a
 not in use are zero and weigh nothing. A step is: gather; L forward products with bias and relu; the loss, which writes
 its gradient over the logits; from the last layer to the first the weight gradient, beside the product for the layer
 below and the kernel that applies the derivative and sums the bias gradient; the sums that decide about the update; the
-update. Small networks let the products apply the mask of relu and sum the bias gradient: 3 L + 3 launches. What the
-library cannot fuse a kernel does, decided here, once.
+update. Small networks let the products apply the mask of relu and sum the bias gradient: 3 L + 3 launches. What no
+product can fuse a kernel does, decided here, once. The library computes the products, or a kernel of our own
+(`ops.small_products`), whichever timing finds faster.
 
 Precision: "float32"; "tf32", float32 everywhere but in the arithmetic of the products; "bf16", activations and a copy
 of the parameters in bf16, sums, gradients of parameters and the parameters themselves in float32.
@@ -19,6 +20,7 @@ import numpy as np
 from hpcmlp.nn.layout import PaddedLayout, pad
 from hpcmlp.nn.planned_forward import THREADS, PlannedForward
 from hpcmlp.ops import losses
+from hpcmlp.ops.candidates import agree
 from hpcmlp.ops.cublaslt import Product
 from hpcmlp.ops.launches import CONTROL, HYPER, PARTIAL, Await, Fork, Join, Kernel, Mark, Multiply
 
@@ -98,6 +100,7 @@ class PlannedNetwork(PlannedForward):
         # Gradient of each hidden layer: of its own, as weight gradients may still read the one above.
         self.d = [None, *(zeros(rows * w, self._storage) for w in widths[1:-1]), self.x[-1]]
         self.mask: list[Any] = [None] * len(widths)
+        self._readers: list[Any] = [None] * len(widths)     # the products that read the masks
         self.targets = zeros(rows * max(1, self.target_width), np.float32 if self.target_width else np.int32)
         self.weights = zeros(rows, np.float32)
         self.loss_grid = -(-rows * 32 // THREADS)
@@ -153,9 +156,10 @@ class PlannedNetwork(PlannedForward):
         mask = self.device.zeros(self.capacity * bits // 8, np.uint8)
         fused = self.device.multiply(Product(d=self.x[layer + 1], epilogue="relu_aux_bias", aux=mask, aux_ld=bits,
                                              **common))
-        if fused is None or self.device.multiply(self._input_product(layer + 1, "drelu", mask, bits)) is None:
+        reader = self.device.multiply(self._input_product(layer + 1, "drelu", mask, bits))
+        if fused is None or reader is None or not agree(fused.ways, reader.ways):
             return None
-        self.mask[layer + 1] = mask
+        self.mask[layer + 1], self._readers[layer + 1] = mask, reader
         return fused
 
     def _plan_weight_gradient(self, layer: int) -> Multiply:
@@ -176,12 +180,12 @@ class PlannedNetwork(PlannedForward):
         """d[layer] = d[layer + 1] w, times the mask of hidden layer `layer` where it is fused."""
         rows, w_in, w_out = self.capacity, self.widths[layer], self.widths[layer + 1]
         return Product(m=w_in, n=rows, k=w_out, a=self._weight(layer), b=self.d[layer + 1], d=self.d[layer], lda=w_in,
-                       ldb=w_out, ldd=w_in, epilogue=epilogue, aux=mask, aux_ld=bits, compute=self._compute)
+                       ldb=w_out, ldd=w_in, epilogue=epilogue, aux=mask, aux_ld=bits, compute=self._compute,
+                       gate=None if mask is None else self.x[layer])
 
     def _plan_input_gradient(self, layer: int) -> Multiply:
-        if self.mask[layer] is not None:
-            bits = pad(self.widths[layer], MASK_BITS)
-            return self._must(self._input_product(layer, "drelu", self.mask[layer], bits))
+        if self._readers[layer] is not None:
+            return self._readers[layer]
         return self._must(self._input_product(layer, "none"))
 
     # ---- launches

@@ -42,7 +42,8 @@ class Product:
     lda, ldb, ldd : elements between columns.
     epilogue : "none"; "bias": + bias (m,) of D's type; "relu_bias": the same, then relu; "relu_aux_bias": whose mask
         goes to `aux`; "drelu": times the mask in `aux`; "bgradb": op(B) summed over k goes to `bias` (n,) of D's type.
-    aux : uint8, opaque, `aux_ld` bits a column.
+    aux : uint8, opaque, `aux_ld` bits a column. gate : what the product that wrote `aux` has as its D, in the shape of
+        this one's: above zero where the mask is set.
     compute : "float32" or "tf32".
     """
 
@@ -61,6 +62,7 @@ class Product:
     bias: Any = None
     aux: Any = None
     aux_ld: int = 0
+    gate: Any = None
     compute: str = "float32"
 
     @property
@@ -108,10 +110,11 @@ class Blas:
             text = self.library.cublasLtGetStatusString(status)
             raise RuntimeError(f"{what} answered {status} ({(text or b'').decode()})")
 
-    def plan(self, product: Product) -> "Planned | None":
-        """Return the product with the library's first choice of algorithm, or None when it has none. Local."""
-        planned = Planned(self, product)
-        return planned if planned.algorithms else None
+    def plan(self, product: Product) -> "list[tuple[str, Planned]]":
+        """Return the product with each algorithm that fits, and its name, the one thought fastest first. Local."""
+        description, layouts = self.describe(product)
+        return [(bytes(algorithm).hex(), Planned(self, product, description, layouts, algorithm))
+                for algorithm in self.algorithms(description, layouts)]
 
     def describe(self, product: Product) -> tuple[Any, list[Any]]:
         """Return the descriptor of the product, and the layouts of A, B, D. Local."""
@@ -153,17 +156,19 @@ class Blas:
         out = self.address(p.d)
         self._check(self.library.cublasLtMatmul(
             self.handle, planned.description, ctypes.byref(self._one), self.address(p.a), a, self.address(p.b), b,
-            ctypes.byref(self._zero), out, d, out, d, ctypes.byref(planned.algorithms[planned.choice]),
+            ctypes.byref(self._zero), out, d, out, d, ctypes.byref(planned.algorithm),
             self.workspaces[workspace], WORKSPACE_BYTES, stream), f"cublasLtMatmul {p.key()}")
 
 
+@dataclass(eq=False)
 class Planned:
-    """A product with its descriptors; `choice` is the place of the algorithm in use."""
+    """A product with its descriptors and one algorithm."""
 
-    def __init__(self, blas: Blas, product: Product):
-        self.blas, self.product, self.choice = blas, product, 0
-        self.description, self.layouts = blas.describe(product)
-        self.algorithms = blas.algorithms(self.description, self.layouts)
+    blas: Blas
+    product: Product
+    description: Any
+    layouts: list[Any]
+    algorithm: Algorithm
 
     def __call__(self, stream: int, workspace: int) -> None:
         """Put the product into a stream. Local."""

@@ -10,48 +10,56 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hpcmlp.errors import Unavailable
+from hpcmlp.ops.candidates import MAKERS, choose, offer
 from hpcmlp.ops.cublaslt import Product
 from hpcmlp.ops.launches import Await, Fork, Join, Kernel, Mark, Multiply, from_bf16, to_bf16
+from hpcmlp.ops.small_products import SmallProduct, launch_of, ways_to_cut
 
-SOURCE = Path(__file__).with_name("gpu_kernels.cu")
+SOURCES = {path.name: path for path in sorted(Path(__file__).parent.glob("gpu_*.cu"))}
 COMMAND = ("-std=c++20", "-O2", "-w", "-ffp-contract=off", "-shared", "-fPIC", "-U_FORTIFY_SOURCE",
            "-DHPCMLP_EMULATED", "-x", "c++")
 SCALARS = {np.dtype("i4"): ctypes.c_int32, np.dtype("f4"): ctypes.c_float, np.dtype("u4"): ctypes.c_uint32,
            np.dtype("u8"): ctypes.c_uint64}
 
 
-def compile_kernels() -> Any:
-    """Return the kernels as a library of the host, compiled at the first use and kept in the temporary directory.
+def compile_kernels(source: str = "gpu_kernels.cu") -> Any:
+    """Return the kernels of a file as a library of the host, compiled at the first use and kept.
 
     Local. Raises Unavailable without a C++20 compiler.
     """
-    header = SOURCE.with_name("gpu_emulated.h")
-    digest = hashlib.sha256(SOURCE.read_bytes() + header.read_bytes() + " ".join(COMMAND).encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"hpcmlp-emulated-{os.getuid()}-{digest}.so"
-    if not path.exists():
-        part = path.with_suffix(f".{os.getpid()}")
+    path = SOURCES[source]
+    header = path.with_name("gpu_emulated.h")
+    digest = hashlib.sha256(path.read_bytes() + header.read_bytes() + " ".join(COMMAND).encode()).hexdigest()[:16]
+    built = Path(tempfile.gettempdir()) / f"hpcmlp-emulated-{os.getuid()}-{digest}.so"
+    if not built.exists():
+        part = built.with_suffix(f".{os.getpid()}")
         try:
-            subprocess.run([os.environ.get("CXX", "g++"), *COMMAND, str(SOURCE), "-o", str(part)], check=True,
+            subprocess.run([os.environ.get("CXX", "g++"), *COMMAND, str(path), "-o", str(part)], check=True,
                            capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             text = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or ["no message"]
             raise Unavailable(f"the emulated GPU needs a C++20 compiler to build its kernels ({text[0]}); install g++, "
                               "or name another in CXX.") from None
-        os.replace(part, path)
-    return ctypes.CDLL(str(path))
+        os.replace(part, built)
+    return ctypes.CDLL(str(built))
 
 
 class EmulatedDevice:
     """Arrays are NumPy's; what is launched has happened when `run` returns.
 
-    refuse : the products that it has no algorithm for. late : what is on the second stream runs only when the first one
-    waits for it, so that a wait that is missing changes the numbers; else as soon as it may.
+    refuse : the products that it has no way to compute.
+    late : what is on the second stream runs only when the first one waits for it, so that a wait that is missing
+        changes the numbers; else as soon as it may.
+    seconds_of : the time that a way to compute a product, of this name, pretends to take; the library's is "library",
+        and taken where times are equal.
+    makers : as `gpu_device.GpuDevice` has them.
     """
 
     name = "emulated"
@@ -60,10 +68,12 @@ class EmulatedDevice:
     has_nccl, prefers_nccl = True, False    # a stand-in, where it is asked for
     xp = np
 
-    def __init__(self, refuse: Callable[[Product], bool] = lambda product: False, late: bool = False):
-        self._library = compile_kernels()
+    def __init__(self, refuse: Callable[[Product], bool] = lambda product: False, late: bool = False,
+                 seconds_of: Callable[[Product, str], float] = lambda product, name: 0.0,
+                 makers: tuple[str, ...] = MAKERS):
+        self._libraries = {"gpu_kernels.cu": compile_kernels()}
         self._kernels: dict[str, int] = {}
-        self._refuse, self._late = refuse, late
+        self._refuse, self._late, self._seconds_of, self.makers = refuse, late, seconds_of, makers
 
     def zeros(self, count: int, dtype: Any) -> np.ndarray:
         """Return an array of zeros. Local."""
@@ -86,12 +96,15 @@ class EmulatedDevice:
         return Feed(arrays)
 
     def multiply(self, product: Product, side: bool = False) -> Multiply | None:
-        """Return the launch of a product, or None when the device has no algorithm for it. Local."""
-        return None if self._refuse(product) else Multiply(product, None, side)
+        """Return the launch of a product, or None when the device has no way to compute it. Local."""
+        if self._refuse(product):
+            return None
+        own = [(way.name, way) for way in ways_to_cut(product, self.address)]
+        return Multiply(product, offer([("library", multiply)], own, self.makers), side)
 
     def tune(self, launches: list[Any], known: dict[str, str]) -> dict[str, str]:
-        """Return the one choice that there is for every product. Local."""
-        return {launch.product.key(): "only" for launch in launches} | known
+        """Choose for every product the way that pretends to be fastest. Local."""
+        return choose(launches, known, lambda one, place: self._seconds_of(one.product, one.ways.names[place]))
 
     def capture(self, launches: list[Any], times: int = 1) -> Callable[[], None]:
         """Return a function that runs the launches `times` times. Local."""
@@ -107,7 +120,7 @@ class EmulatedDevice:
                 if isinstance(launch, Kernel):
                     self._launch(launch)
                 elif isinstance(launch, Multiply):
-                    multiply(launch.product)
+                    self._multiply(launch)
                 elif not isinstance(launch, Fork | Join | Mark | Await):
                     launch()
 
@@ -136,9 +149,18 @@ class EmulatedDevice:
 
     settle = synchronize
 
+    def _multiply(self, multiplied: Multiply) -> None:
+        way = multiplied.ways.chosen
+        if isinstance(way, SmallProduct):
+            self._launch(launch_of(way))
+        else:
+            way(multiplied.product)
+
     def _launch(self, kernel: Kernel) -> None:
+        if kernel.source not in self._libraries:
+            self._libraries[kernel.source] = compile_kernels(kernel.source)
         if kernel.name not in self._kernels:
-            find = getattr(self._library, f"kernel_{kernel.name}")
+            find = getattr(self._libraries[kernel.source], f"kernel_{kernel.name}")
             find.restype = ctypes.c_void_p
             self._kernels[kernel.name] = find()
         values = [_argument(a) for a in kernel.arguments]
@@ -166,11 +188,19 @@ class Feed:
         """Do nothing: it is over. Local."""
 
 
+@cache
+def _structure(size: int) -> Any:
+    """The type of a structure of so many bytes."""
+    return type("Structure", (ctypes.Structure,), {"_fields_": [("words", ctypes.c_uint64 * (size // 8))]})
+
+
 def _argument(value: Any) -> Any:
     if value is None:
         return ctypes.c_void_p(None)
     if isinstance(value, np.ndarray):
         assert value.flags.c_contiguous
+        if value.dtype.names:
+            return _structure(value.itemsize).from_buffer_copy(value)
         return ctypes.c_void_p(value.ctypes.data)
     return SCALARS[value.dtype](value.item())
 

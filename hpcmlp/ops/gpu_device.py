@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from hpcmlp.ops.candidates import MAKERS, choose, offer
 from hpcmlp.ops.cublaslt import WORKSPACE_BYTES, Blas, Product
 from hpcmlp.ops.launches import Await, Fork, Join, Kernel, Mark, Multiply
+from hpcmlp.ops.small_products import SmallProduct, launch_of, ways_to_cut
 
 TUNING_RUNS = 12
 
@@ -23,6 +25,7 @@ class GpuDevice:
     ----------
     xp : CuPy.
     has_nccl : whether CuPy has found NCCL.
+    makers : whose ways to compute a product are taken where they have one: all, or one maker's to check and time it.
     captures : False where the environment variable HPCMLP_GPU_GRAPHS is 0: launches are then queued one by one.
     """
 
@@ -38,8 +41,8 @@ class GpuDevice:
         self._side = xp.cuda.Stream(non_blocking=True)
         self._scratch = [xp.zeros(WORKSPACE_BYTES, np.uint8) for _ in range(2)]
         self.blas = Blas(self.address, [a.data.ptr for a in self._scratch])
-        source = Path(__file__).with_name("gpu_kernels.cu").read_text(encoding="ascii")
-        self._module = xp.RawModule(code=source, options=("--std=c++17",))
+        self.makers = MAKERS
+        self._modules: dict[str, Any] = {}
         self._functions: dict[str, Any] = {}
         self._events: list[Any] = []
         self._pinned: dict[int, Any] = {}
@@ -72,9 +75,10 @@ class GpuDevice:
         return Feed(self, arrays)
 
     def multiply(self, product: Product, side: bool = False) -> Multiply | None:
-        """Return the launch of a product, or None when the library has no algorithm for it. Local."""
-        planned = self.blas.plan(product)
-        return None if planned is None else Multiply(product, planned, side)
+        """Return the launch of a product, or None when there is no way to compute it. Local."""
+        own = [(way.name, way) for way in ways_to_cut(product, self.address)]
+        ways = offer(self.blas.plan(product), own, self.makers)
+        return Multiply(product, ways, side) if ways.names else None
 
     def run(self, launches: list[Any]) -> None:
         """Queue the launches. Local."""
@@ -83,8 +87,7 @@ class GpuDevice:
             if isinstance(launch, Kernel):
                 self._launch(launch)
             elif isinstance(launch, Multiply):
-                stream = self._side if launch.side else self.stream
-                launch.planned(stream.ptr, int(launch.side))
+                self._multiply(launch.ways.chosen, launch.side)
             elif isinstance(launch, Await):
                 self.stream.wait_event(marks[launch.mark])
             elif isinstance(launch, Fork | Join | Mark):
@@ -140,40 +143,42 @@ class GpuDevice:
         return 1e-3 * float(self.xp.cuda.get_elapsed_time(begin, end)) / times
 
     def tune(self, launches: list[Any], known: dict[str, str]) -> dict[str, str]:
-        """Choose for every product the algorithm that is fastest on its own buffers, and return the choices.
+        """Choose for every product the way that is fastest on its own buffers: `ops.candidates.choose`. Local.
 
-        Local. `known` choices are taken over where the library still has them: sums keep their order then, and bits
-        their values. What the products write is what they would write in a step; nothing else is touched.
+        What the products write is what they would write in a step; nothing else is touched.
         """
-        chosen = dict(known)
-        for launch in launches:
-            planned, key = launch.planned, launch.product.key()
-            names = [bytes(algorithm).hex() for algorithm in planned.algorithms]
-            if chosen.get(key) not in names:
-                chosen[key] = names[self._fastest(planned)]
-            planned.choice = names.index(chosen[key])
-        return chosen
+        return choose(launches, known, self._seconds_of)
 
-    def _fastest(self, planned: Any) -> int:
-        """The place of the fastest algorithm; one that fails counts as slow."""
-        times = []
-        for k in range(len(planned.algorithms)):
-            planned.choice = k
-            try:
-                planned(self.stream.ptr, 0)
-                replay = self.capture([lambda: planned(self.stream.ptr, 0)], TUNING_RUNS)
-                replay()
-                times.append(min(self.seconds(replay, 1) for _ in range(3)))
-            except RuntimeError:
-                times.append(float("inf"))
-        return int(np.argmin(times))
+    def _seconds_of(self, launch: Multiply, place: int) -> float:
+        """The time of one way to compute a product; of one that fails, infinite."""
+        way = launch.ways.ways[place]
+        try:
+            self._multiply(way, False)
+            replay = self.capture([lambda: self._multiply(way, False)], TUNING_RUNS)
+            replay()
+            return min(self.seconds(replay, 1) for _ in range(3))
+        except Exception:   # the library's errors, and the compiler's where it meets our source for the first time
+            return float("inf")
+
+    def _multiply(self, way: Any, side: bool) -> None:
+        if isinstance(way, SmallProduct):
+            self._launch(launch_of(way, side=side))
+        else:
+            way((self._side if side else self.stream).ptr, int(side))
 
     def _launch(self, kernel: Kernel) -> None:
         function = self._functions.get(kernel.name)
         if function is None:
-            function = self._functions[kernel.name] = self._module.get_function(kernel.name)
+            function = self._functions[kernel.name] = self._module(kernel.source).get_function(kernel.name)
         arguments = tuple(np.uint64(0) if a is None else a for a in kernel.arguments)
         function((kernel.grid,), (kernel.block,), arguments, stream=self._side if kernel.side else self.stream)
+
+    def _module(self, source: str) -> Any:
+        """A file of kernels, compiled where it is wanted for the first time."""
+        if source not in self._modules:
+            code = Path(__file__).with_name(source).read_text(encoding="ascii")
+            self._modules[source] = self.xp.RawModule(code=code, options=("--std=c++17",))
+        return self._modules[source]
 
 
 def _has_nccl() -> bool:

@@ -1,4 +1,4 @@
-// What gpu_kernels.cu needs of CUDA, for a C++20 compiler: threads of a block are coroutines that take turns.
+// What gpu_kernels.cu and gpu_products.cu need of CUDA, for a C++20 compiler: threads of a block are coroutines that take turns.
 //
 // Blocks run one after the other. A thread gives up its turn at a shuffle and at __syncthreads; a shuffle keeps what
 // the lanes gave in one of two places in turn, so that a quick lane cannot overwrite what a slow one has still to read.

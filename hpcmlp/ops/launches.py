@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcmlp.ops.candidates import Ways
 from hpcmlp.ops.cublaslt import Product
 
 # The structures of gpu_kernels.cu.
@@ -25,21 +26,26 @@ HYPER = np.dtype([("rule", "i4"), ("decoupled", "i4"), ("nesterov", "i4"), ("unu
 
 @dataclass
 class Kernel:
-    """A kernel over a one-dimensional grid. arguments : arrays, None for a null pointer, and NumPy scalars."""
+    """A kernel over a one-dimensional grid.
+
+    arguments : arrays, None for a null pointer, NumPy scalars, and structures by value: host arrays of size 1.
+    source : the file that it is in.
+    """
 
     name: str
     grid: int
     block: int
     arguments: tuple[Any, ...]
     side: bool = False
+    source: str = "gpu_kernels.cu"
 
 
 @dataclass
 class Multiply:
-    """A matrix product; `planned` is the device's own form of it."""
+    """A matrix product, and the ways there are to compute it."""
 
     product: Product
-    planned: Any
+    ways: Ways
     side: bool = False
 
     @property

@@ -2,9 +2,9 @@
 
 The host writes per step the learning rate, the corrections of the optimizer and where the rank's part of the batch
 lies in each shard; the device finds the rows, trains, decides about the update and notes loss and norm, so that steps
-need no word with the host. The first step is queued launch by launch; then the algorithms of the products are chosen by
-timing, and the launches are captured: one graph of a step, and one of several steps where a step is short, or where it
-is faster to let updates run beside the step behind them.
+need no word with the host. The first step is queued launch by launch; then the ways to compute its products are chosen
+by timing, and the launches are captured: one graph of a step, and one of several steps where a step is short, or where
+it is faster to let updates run beside the step behind them.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import numpy as np
 
 from hpcmlp.data.device_order import batch_parts, shard_records
 from hpcmlp.ops.launches import CONTROL, RESULT, SHARD, STEP, Kernel, on_one_stream
+from hpcmlp.ops.small_products import together
 
 BLOCK_STEPS = 4096
 BLOCK_BYTES = 64 << 20      # of the table of parts
@@ -350,14 +351,19 @@ class PlannedSteps:
         return min(self.way_times, key=self.way_times.get)  # the first of equal ones
 
     def _choose_streams(self) -> None:
-        """Leave the second stream out where a gradient takes longer with it. Its bits are the same either way."""
-        gradient = self.network.gradient(self._steps)
-        both, one = (self.device.seconds(self.device.capture(launches, 2), 3)
-                     for launches in (gradient, on_one_stream(gradient)))
-        if one < both:
-            self._lists = [on_one_stream(launches) for launches in self._lists]
-            self.launches = self._lists[0]
+        """Take both streams, one, or one with several products in a launch, as a gradient is fastest.
+
+        Its bits are the same in any way.
+        """
+        gradient, device = self.network.gradient(self._steps), self.device
+        arrangements = [lambda launches: launches, on_one_stream]
+        if len(together(gradient, device.address)) < len(on_one_stream(gradient)):
+            arrangements.append(lambda launches: together(launches, device.address))
+        times = [device.seconds(device.capture(arrange(gradient), 2), 3) for arrange in arrangements]
+        fastest = arrangements[times.index(min(times))]
+        self._lists = [fastest(launches) for launches in self._lists]
+        self.launches = self._lists[0]
 
     def estimate_s(self) -> float:
         """Return about how long the products of a step take on the device, seconds. Local."""
-        return self.device.seconds(self.device.capture(self.network.products()), 3)
+        return self.device.seconds(self.device.capture(on_one_stream(self.network.products())), 3)

@@ -73,6 +73,88 @@ def test_what_the_library_refuses_a_kernel_does(epilogue):
     assert check.deviation(got, wanted) < 1e-5
 
 
+def own_is_faster(product, name):
+    """A stand-in for timing."""
+    return float(not name.startswith("own"))
+
+
+def test_a_hundred_steps_with_products_of_our_own_are_those_of_the_host():
+    problem, taken = check.Problem(check.TABLE[0]), {}
+    wanted, _ = check.run_float64(problem, 100, dtype=np.float32)
+    got, records, network = check.run_on(EmulatedDevice(seconds_of=own_is_faster), problem, "float32", 100,
+                                         algorithms=taken)
+    assert {name[:3] for names in taken.values() for name in names.split(" & ")} == {"own"} and len(taken) == 6
+    assert check.deviation(got, wanted) < 1e-5
+    assert check.padding(network) == 0.0
+    assert records["skipped"].sum() == 0
+    again, _, _ = check.run_on(EmulatedDevice(seconds_of=own_is_faster), problem, "float32", 100)
+    assert np.array_equal(got, again)
+
+
+@pytest.mark.parametrize("line", check.TABLE, ids=lambda line: f"{line[0]}-{line[2]}-{'-'.join(line[1]) or 'relu'}")
+def test_steps_with_products_of_our_own_alone_are_those_of_float64(line):
+    problem = check.Problem(line)
+    wanted, _ = check.run_float64(problem, 18)
+    got, _, network = check.run_on(EmulatedDevice(makers=("own",)), problem, "float32", 18)
+    assert {maker for launch in network.products() for maker in launch.ways.makers} == {"own"}
+    assert check.deviation(got, wanted) < check.BOUNDS["float32"]
+    assert check.padding(network) == 0.0
+
+
+def test_products_of_our_own_that_are_slower_change_no_bit():
+    problem = check.Problem(check.TABLE[2])
+    wanted, _, _ = check.run_on(EmulatedDevice(makers=("library",)), problem, "float32", 18)
+    slower = EmulatedDevice(seconds_of=lambda _, name: float(name.startswith("own")))
+    got, _, _ = check.run_on(slower, problem, "float32", 18)
+    assert np.array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("tile", ("8x8", "16x16", "32x16", "32x32"))
+def test_a_choice_that_is_known_is_repeated_whatever_is_faster_now(tile):
+    problem, taken = check.Problem(check.TABLE[0]), {}
+    device = EmulatedDevice(seconds_of=lambda _, name: float(tile not in name))
+    check.run_on(device, problem, "float32", 4, algorithms=taken)
+    assert tile in str(taken)
+    wanted, _, _ = check.run_on(EmulatedDevice(makers=("library",)), problem, "float32", 18)
+    known = [check.run_on(EmulatedDevice(seconds_of=seconds_of), problem, "float32", 18, algorithms=dict(taken))[0]
+             for seconds_of in (own_is_faster, lambda *_: 0.0)]
+    assert np.array_equal(*known) and not np.array_equal(known[0], wanted)
+
+
+def test_products_that_share_a_mask_are_of_one_maker():
+    """Ours is the faster reader here, but by less than it is the slower writer; the other way round it is taken."""
+    problem = check.Problem(check.TABLE[0])
+    wanted, _ = check.run_float64(problem, 8)
+    for writer, maker in ((3.5, "library"), (2.5, "own")):
+        def seconds_of(product, name, writer=writer):
+            return 2.0 if name == "library" else writer if product.epilogue == "relu_aux_bias" else 1.0
+
+        taken = {}
+        got, _, network = check.run_on(EmulatedDevice(seconds_of=seconds_of), problem, "float32", 8, algorithms=taken)
+        assert check.deviation(got, wanted) < 1e-5
+        pairs = [names.split(" & ") for names in taken.values() if " & " in names]
+        assert len(pairs) == 2 and all(name.startswith(maker) for pair in pairs for name in pair)
+        assert all(names.startswith("own") for names in taken.values() if " & " not in names)
+
+
+@pytest.mark.parametrize("late", (False, True))
+def test_two_products_in_a_launch_change_no_bit(device, late):
+    class Merging(Timed):
+        """Says that the arrangement that came last, several products in a launch, was fastest."""
+
+        def capture(self, launches, times=1):
+            self.names = [getattr(launch, "name", "") for launch in launches]
+            self.merged = getattr(self, "merged", 0) + self.names.count("small_products")
+            return super().capture(launches, times)
+
+    problem = check.Problem(check.TABLE[1])
+    wanted, records, _ = check.run_on(EmulatedDevice(makers=("own",), late=late), problem, "float32", 18)
+    device = Merging(makers=("own",), late=late)
+    got, same, _ = check.run_on(device, problem, "float32", 18)
+    assert np.array_equal(got, wanted) and same.tobytes() == records.tobytes()
+    assert device.merged
+
+
 def test_the_order_of_steps_in_calls_changes_no_bit(device):
     problem = check.Problem(check.TABLE[2])
     first, _, _ = check.run_on(device, problem, "float32", 8)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hpcmlp.ops.cublaslt import Product
-from hpcmlp.ops.emulated import SOURCE, multiply
+from hpcmlp.ops.emulated import SOURCES, multiply
 from hpcmlp.ops.launches import from_bf16, to_bf16
 
 M, N, K, LD = 24, 5, 16, 32
@@ -71,10 +71,11 @@ def test_bf16_rounds_to_nearest_even():
 
 
 @pytest.mark.parametrize("target", ("sm_80", "sm_90"))
-def test_kernels_compile_for_gpus_without_spilling(target, tmp_path):
+@pytest.mark.parametrize("source", SOURCES)
+def test_kernels_compile_for_gpus_without_spilling(source, target, tmp_path):
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not there: the kernels are compiled for the host only")
-    done = subprocess.run(["nvcc", f"-arch={target}", "-cubin", "-Xptxas", "-v", str(SOURCE), "-o",
+    done = subprocess.run(["nvcc", f"-arch={target}", "-cubin", "-Xptxas", "-v", str(SOURCES[source]), "-o",
                            str(tmp_path / "kernels.cubin")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spills = [line for line in done.stderr.splitlines() if "spill" in line and " 0 bytes spill stores" not in line]
