@@ -83,36 +83,37 @@ __device__ inline void compute_tile(const Small &p, int block, float *parts, flo
     for (int i = 0; i < R * C; i++) acc[i] = 0.0f;
     #pragma unroll
     for (int i = 0; i < R; i++) total[i] = 0.0f;
-    if (warp < p.warps) {
-        #pragma unroll 1
-        for (int base = warp * STEP; base < p.k; base += p.warps * STEP) {
-            float a[C][4], b[R][4];
-            load<B_ALONG, R, LN>(b, p.b, p.ldb, n0, ln, p.n, base + group * 4, p.k);
-            load<A_ALONG, C, LM>(a, p.a, p.lda, m0, lm, p.m, base + group * 4, p.k);
+    #pragma unroll 1
+    for (int base = warp < p.warps ? warp * STEP : p.k; base < p.k; base += p.warps * STEP) {
+        float a[C][4], b[R][4];
+        load<B_ALONG, R, LN>(b, p.b, p.ldb, n0, ln, p.n, base + group * 4, p.k);
+        load<A_ALONG, C, LM>(a, p.a, p.lda, m0, lm, p.m, base + group * 4, p.k);
+        #pragma unroll
+        for (int k = 0; k < 4; k++)
             #pragma unroll
-            for (int k = 0; k < 4; k++)
+            for (int i = 0; i < R; i++)
                 #pragma unroll
-                for (int i = 0; i < R; i++)
-                    #pragma unroll
-                    for (int j = 0; j < C; j++) acc[i * C + j] += b[i][k] * a[j][k];
-            if (!B_ALONG && adds)
-                #pragma unroll
-                for (int i = 0; i < R; i++) total[i] += (b[i][0] + b[i][1]) + (b[i][2] + b[i][3]);
-        }
-        fold<R * C / 2, 16, LANES>(acc, lane);
+                for (int j = 0; j < C; j++) acc[i * C + j] += b[i][k] * a[j][k];
+        if (!B_ALONG && adds)
+            #pragma unroll
+            for (int i = 0; i < R; i++) total[i] += (b[i][0] + b[i][1]) + (b[i][2] + b[i][3]);
+    }
+    fold<R * C / 2, 16, LANES>(acc, lane);      // by all warps of the block: a branch would double the code
+    if (!B_ALONG && adds)
+        #pragma unroll
+        for (int i = 0; i < R; i++)
+            for (int distance = 16; distance >= LANES; distance /= 2)
+                total[i] += __shfl_xor_sync(0xffffffffu, total[i], distance);
+    if (warp < p.warps) {
         const int KEPT = R * C * LANES / 32;
         #pragma unroll
         for (int i = 0; i < KEPT; i++) {
             int at = group * KEPT + i;
             parts[warp * TN * TM + row_of(at / C, LN, ln) * TM + row_of(at % C, LM, lm)] = acc[i];
         }
-        if (!B_ALONG && adds)
+        if (!B_ALONG && adds && group == 0 && lm == 0)
             #pragma unroll
-            for (int i = 0; i < R; i++) {
-                for (int distance = 16; distance >= LANES; distance /= 2)
-                    total[i] += __shfl_xor_sync(0xffffffffu, total[i], distance);
-                if (group == 0 && lm == 0) sums[warp][row_of(i, LN, ln)] = total[i];
-            }
+            for (int i = 0; i < R; i++) sums[warp][row_of(i, LN, ln)] = total[i];
     }
     __syncthreads();
     if (!B_ALONG && adds)
