@@ -97,7 +97,7 @@ test test-%: export OMPI_MCA_rmaps_base_oversubscribe = 1
 # time links. Ranks of a world look out for each other all the time, so that two worlds at once would take longer than one
 # after the other; a single rank looks for none.
 test: $(VENV)/test-extras ## the serial tests, those of the world at 1 to 5 ranks, and those under Open MPI
-	@$(MAKE) --no-print-directory -j2 --output-sync=target test-programs test-others test-1
+	@$(MAKE) --no-print-directory -j2 test-programs test-others test-1
 	@MPIEXEC="$(MPIEXEC)"; export MPIEXEC; set -e; \
 	echo "== several hosts"; $(PYTEST) -q -p no:cacheprovider tests/cluster; \
 	world() { ranks=$$1; shift; echo "== $$ranks ranks"; $$MPIEXEC -n $$ranks $(PYTEST) $(WORLD) "$$@"; }; \
