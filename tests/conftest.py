@@ -173,6 +173,17 @@ def comm(request):
         pytest.fail("communicators were not given back, made at\n" + "\n".join(kept), pytrace=False)
 
 
+@pytest.fixture(scope="module")
+def device():
+    """The emulated GPU; a test that uses it is skipped where no compiler builds its kernels."""
+    from hpcmlp.errors import Unavailable  # after `open_world`
+    from hpcmlp.ops.emulated import EmulatedDevice
+    try:
+        return EmulatedDevice()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
 @pytest.fixture
 def given_back(request, comm):
     """A function that returns what it is given; its `free` is called when the test has ended, last things first.

@@ -189,8 +189,8 @@ class Session:
                 ops.to_host(array[at:at + stop - start], flat[start:stop])
                 at += stop - start
             part = None
-        elif isinstance(array, np.ndarray):
-            part = array
+        elif isinstance(array, np.ndarray) or not ranges[rank]:
+            part = array    # without ranges nothing of it is sent
         else:
             part = np.empty(array.shape, array.dtype)
             ops.to_host(array, part)

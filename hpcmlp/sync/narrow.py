@@ -39,8 +39,7 @@ class NarrowUpdate(SlicedUpdate):
             starts[start] = at
             at += stop - start
         places = []
-        for bucket in self.buckets:
-            start, stop = (bucket.start + int(b) for b in bucket.bounds[self.collective.part:][:2])
+        for start, stop in self._owned:
             first = starts.get(start, 0)
             places.append((slice(start, stop), slice(first, first + stop - start)))
         return places

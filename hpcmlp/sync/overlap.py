@@ -138,9 +138,9 @@ class Overlapped(SlicedUpdate):
         """
         self.close(0, words)    # counts its own time
         began = perf_counter()
-        for bucket, operation in zip(self.buckets, self._reductions, strict=True):
+        for own, operation in zip(self._owned, self._reductions, strict=True):
             self.progress.wait(operation)
-            self._grads.put(*self._own(bucket))
+            self._grads.put(*own)
         self._reductions.clear()
         self._grads.settle()
         self.progress.exposed_s += perf_counter() - began
@@ -148,7 +148,7 @@ class Overlapped(SlicedUpdate):
     def share(self) -> None:
         """Start to give every rank the updated parameters of all owners, first layers first. Collective."""
         began = perf_counter()
-        arrivals = [self._params.fetch(*self._own(bucket)) for bucket in self.buckets]
+        arrivals = [self._params.fetch(*own) for own in self._owned]
         for k in reversed(range(len(self.buckets))):
             arrivals[k]()
             with self.progress.lock:

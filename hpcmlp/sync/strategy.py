@@ -43,6 +43,7 @@ class SlicedUpdate:
         self.collective, self.buckets, self.size = collective, buckets, size
         self.params, self.grads, self.ops = params, grads, ops
         self.ranges = self._ranges()
+        self._owned = [self._own(bucket) for bucket in buckets]
         self._params, self._grads = ops.stage(params, host[0]), ops.stage(grads, host[1])
         self._host_params, self._host_grads = self._params.host, self._grads.host
         # The collectives prepare their messages per array: kept arrays make that a cost of the first call only.
@@ -60,6 +61,7 @@ class SlicedUpdate:
     def go_on(self, collective: Any, buckets: list[Bucket], size: int) -> None:
         """Use another collective among other ranks; this rank's ranges must be the ones it had. Local."""
         self.collective, self.buckets, self.size = collective, buckets, size
+        self._owned = [self._own(bucket) for bucket in buckets]
         assert self._ranges() == self.ranges
 
     def reduce(self, words: np.ndarray) -> None:
@@ -72,7 +74,7 @@ class SlicedUpdate:
         for k, bucket in enumerate(self.buckets):
             arrivals[k]()
             self._reduce_bucket(self._host_grads[bucket.start:bucket.stop], bucket, words if k == last else None)
-            self._grads.put(*self._own(bucket))
+            self._grads.put(*self._owned[k])
         self._grads.settle()
 
     def _reduce_bucket(self, part: np.ndarray, bucket: Bucket, words: np.ndarray | None) -> None:
@@ -95,7 +97,7 @@ class SlicedUpdate:
 
     def share(self) -> None:
         """Give every rank the updated parameters of all owners. Collective."""
-        arrivals = [self._params.fetch(*self._own(bucket)) for bucket in self.buckets]
+        arrivals = [self._params.fetch(*own) for own in self._owned]
         for k, bucket in enumerate(self.buckets):
             arrivals[k]()
             self._share_bucket(k, bucket)

@@ -28,14 +28,6 @@ def load_program():
 check = load_program()
 
 
-@pytest.fixture(scope="module")
-def device():
-    try:
-        return EmulatedDevice()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-
-
 @pytest.mark.parametrize("precision", check.BOUNDS)
 @pytest.mark.parametrize("line", check.TABLE, ids=lambda line: f"{line[0]}-{line[2]}-{'-'.join(line[1]) or 'relu'}")
 def test_steps_are_those_of_float64(device, line, precision):

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hpcmlp.errors import Unavailable
 from hpcmlp.ops.cublaslt import Product
 from hpcmlp.ops.emulated import EmulatedDevice
 from hpcmlp.ops.launches import Fork, Join, Kernel, Multiply
@@ -18,14 +17,6 @@ FORMS = {
     "input": (lambda rows, u, v: (rows, u, v), {}, ("none", "drelu")),
     "weight": (lambda rows, u, v: (v, u, rows), dict(trans_b=True), ("none", "bgradb")),
 }
-
-
-@pytest.fixture(scope="module")
-def device():
-    try:
-        return EmulatedDevice()
-    except Unavailable as reason:
-        pytest.skip(str(reason))
 
 
 def make(form, n, m, k, epilogue, random):
