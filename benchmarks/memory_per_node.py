@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 
 def pss_bytes() -> int:
@@ -88,7 +89,7 @@ def expected(sync: str, sizes: tuple[int, ...], rows: int, ranks: int, flat: int
 def main() -> None:
     """Start one job per number of ranks and algorithm, or be one rank of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mpiexec", default="mpiexec")
+    parser.add_argument("--mpiexec", default=str(Path(sys.executable).with_name("mpiexec")))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--sizes", type=int, nargs="+", default=[784, 2048, 2048, 10])
     parser.add_argument("--global-batch-size", type=int, default=256)
