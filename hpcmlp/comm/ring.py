@@ -169,7 +169,11 @@ class Ring:
         return least_bytes(self.size, slowest[0], slowest[1], delay_s, loss)
 
     def forget(self) -> None:
-        """Drop the prepared messages and with them the references to the caller's arrays. Local."""
+        """Drop the prepared messages and with them the references to the caller's arrays. Local.
+
+        Nothing may be under way: a message would still arrive in memory that is somebody else's by then.
+        """
+        assert not self._flight, "what was started has not been waited for"
         while self._plans:
             self._plans.popitem()[1].free()
 
