@@ -4,13 +4,17 @@
 
 Per size, in alternation, the median over rounds of the slowest rank's time in ms:
 
-gather    mpi4py at the root: Gather, sum of the rows in order, Bcast (rank 0 is the server, the others workers).
+gather    mpi4py at the root: Gather, sum of the rows in order, update, Bcast (rank 0 is the server, the others
+          workers).
 window    MPI-3 one-sided: every worker puts its vector into a place of its own in the server's window (passive target,
           flush) and tells the server by an empty message, without which it could not know; the server adds and tells
           the workers, who get the sum.
 one       `comm.served.Served` with one dedicated server: push, ordered sum, pull.
 all       `Served` with as many servers as ranks; the gradients of all ranks count.
 ring      `comm.ring.Ring`: reduce-scatter and all-gather, for the same work as `all`.
+
+As in a step, gradients and parameters are arrays of their own, and gradients are written anew before each round; the
+owners' update is a copy, which is timed everywhere alike. Only `one`, `all` and `ring` carry the step's control words.
 """
 
 import argparse
@@ -31,41 +35,51 @@ from hpcmlp.sync.buckets import part_bounds  # noqa: E402
 WORDS = 9
 
 
-class Gathered:
+class Vectors:
+    """Gradients and parameters of one transport."""
+
+    def __init__(self, size):
+        self.grads, self.params = np.zeros(size, np.float32), np.zeros(size, np.float32)
+
+
+class Gathered(Vectors):
     """Gather at the root, sum, Bcast."""
 
-    def __init__(self, array):
-        self.array = array
-        self.rows = np.empty((COMM.size, array.size), np.float32) if COMM.rank == 0 else None
+    def __init__(self, size):
+        super().__init__(size)
+        self.rows = np.empty((COMM.size, size), np.float32) if COMM.rank == 0 else None
 
     def run(self):
-        COMM.Gather(self.array, self.rows, 0)
+        COMM.Gather(self.grads, self.rows, 0)
         if COMM.rank == 0:
-            np.copyto(self.array, self.rows[1])
+            total = self.rows[1]
             for row in self.rows[2:]:
-                np.add(self.array, row, self.array)
-        COMM.Bcast(self.array, 0)
+                np.add(total, row, total)
+            np.copyto(self.params, total)
+        COMM.Bcast(self.params, 0)
 
 
-class Window:
+class Window(Vectors):
     """Put, notify, add, notify, get."""
 
-    def __init__(self, array):
-        self.array, self.nothing = array, np.zeros(0, np.uint8)
-        rows = COMM.size if COMM.rank == 0 else 0       # row 0: the sum
-        self.window = MPI.Win.Allocate(4 * array.size * rows, 4, comm=COMM)
-        self.memory = np.frombuffer(self.window.tomemory(), np.float32).reshape(rows, array.size) if rows else None
+    def __init__(self, size):
+        super().__init__(size)
+        self.nothing = np.zeros(0, np.uint8)
+        rows = COMM.size if COMM.rank == 0 else 0       # row 0: the parameters
+        self.window = MPI.Win.Allocate(4 * size * rows, 4, comm=COMM)
+        self.memory = np.frombuffer(self.window.tomemory(), np.float32).reshape(rows, size) if rows else None
         self.window.Lock_all()
 
     def run(self):
-        window, array = self.window, self.array
+        window, size = self.window, self.params.size
         if COMM.rank == 0:
             for worker in range(1, COMM.size):
                 COMM.Recv(self.nothing, worker, 1)
             window.Sync()
-            np.copyto(self.memory[0], self.memory[1])
+            total = self.memory[1]
             for row in self.memory[2:]:
-                np.add(self.memory[0], row, self.memory[0])
+                np.add(total, row, total)
+            np.copyto(self.memory[0], total)
             window.Sync()
             for worker in range(1, COMM.size):
                 COMM.Send(self.nothing, worker, 2)
@@ -74,35 +88,36 @@ class Window:
             for worker in range(1, COMM.size):
                 COMM.Send(self.nothing, worker, 4)
         else:
-            window.Put(array, 0, (array.size * COMM.rank, array.size, MPI.FLOAT))
+            window.Put(self.grads, 0, (size * COMM.rank, size, MPI.FLOAT))
             window.Flush(0)
             COMM.Send(self.nothing, 0, 1)
             COMM.Recv(self.nothing, 0, 2)
-            window.Get(array, 0, (0, array.size, MPI.FLOAT))
+            window.Get(self.params, 0, (0, size, MPI.FLOAT))
             window.Flush(0)
             COMM.Send(self.nothing, 0, 3)
             COMM.Recv(self.nothing, 0, 4)
 
 
-class Collective:
+class Collective(Vectors):
     """Reduce-scatter with control words, all-gather."""
 
-    def __init__(self, collective, array, bounds):
-        self.collective, self.array, self.bounds, self.words = collective, array, bounds, np.zeros(WORDS)
+    def __init__(self, size, collective, bounds):
+        super().__init__(size)
+        self.collective, self.bounds, self.words = collective, bounds, np.zeros(WORDS)
+        self.own = slice(bounds[COMM.rank], bounds[COMM.rank + 1])
 
     def run(self):
-        self.collective.reduce_scatter(self.array, self.bounds, self.words)
-        self.collective.all_gather(self.array, self.bounds)
+        self.collective.reduce_scatter(self.grads, self.bounds, self.words)
+        np.copyto(self.params[self.own], self.grads[self.own])
+        self.collective.all_gather(self.params, self.bounds)
 
 
 def ways(size):
-    """Return the transports by name, each with an array of its own of `size` float32."""
-    def array():
-        return np.zeros(size, np.float32)
+    """Return the transports of `size` float32 by name."""
     every = part_bounds(size, COMM.size)
     one = np.array([0] + [size] * COMM.size)
-    return {"gather": Gathered(array()), "window": Window(array()), "one": Collective(Served(COMM, 1), array(), one),
-            "all": Collective(Served(COMM, COMM.size), array(), every), "ring": Collective(Ring(COMM), array(), every)}
+    return {"gather": Gathered(size), "window": Window(size), "one": Collective(size, Served(COMM, 1), one),
+            "all": Collective(size, Served(COMM, COMM.size), every), "ring": Collective(size, Ring(COMM), every)}
 
 
 def main():
@@ -115,6 +130,7 @@ def main():
         times = {name: [] for name in transports}
         for turn in range(given.rounds + 3):
             for name, transport in transports.items():
+                transport.grads.fill(turn)
                 COMM.Barrier()
                 begin = time.perf_counter()
                 transport.run()

@@ -18,7 +18,7 @@ possible, in 2 (P-1) hops. P. Patarasuk, X. Yuan, "Bandwidth optimal all-reduce 
 workstations", J. Parallel Distrib. Comput. 69 (2009).
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from time import perf_counter_ns
 from typing import Any
@@ -28,6 +28,7 @@ from mpi4py import MPI
 
 from hpcmlp.comm.exact_sum import join, num_bins, split
 from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, cut_parts, pieces
+from hpcmlp.comm.prepared import Prepared
 from hpcmlp.traffic import REDUCE_SHARE, SEGMENT_BYTES, least_bytes, small_limit, together_sends
 
 DEPTH = 2           # segments that may be on their way to this rank at once
@@ -68,7 +69,7 @@ class Ring:
         self.threads = MPI.Query_thread() >= MPI.THREAD_SERIALIZED    # another thread may call `advance`, in turn
         self._left = (self.rank - 1) % self.size
         self._right = (self.rank + 1) % self.size
-        self._plans: OrderedDict[tuple, _Plan] = OrderedDict()
+        self._plans = Prepared(MAX_PLANS)
         self._made = 0
         self._flight: deque[_Operation] = deque()
         self._together = _Together(self.comm)
@@ -174,8 +175,7 @@ class Ring:
         Nothing may be under way: a message would still arrive in memory that is somebody else's by then.
         """
         assert not self._flight, "what was started has not been waited for"
-        while self._plans:
-            self._plans.popitem()[1].free()
+        self._plans.clear()
 
     def free(self) -> None:
         """As `Collective.free`. Collective over `comm`."""
@@ -192,28 +192,13 @@ class Ring:
         return self._plan(_ReduceScatter, array, bounds, 0 if words is None else words.size)
 
     def _plan(self, kind: type, array: np.ndarray, bounds: Bounds, num_words: int) -> "_Plan":
-        where = bounds.tobytes() if isinstance(bounds, np.ndarray) else tuple(bounds)
-        # The plan keeps the memory alive, so an address cannot come to mean another array. Where there is no memory an
-        # address says nothing, and might be an old one on one rank only: then the ranks' tags would part.
-        address = array.__array_interface__["data"][0] if bounds[0] < bounds[-1] else 0
-        key = (kind, address, array.dtype.char, where, num_words)
-        plan = self._plans.get(key)
+        plan = self._plans.find(kind, array, bounds, num_words)
         if plan is None:
             tag = FIRST_TAG + 2 * (self._made % TAG_PAIRS)
             self._made += 1
-            if len(self._plans) >= MAX_PLANS:
-                self._drop_one()
-            plan = self._plans[key] = kind(self, array, [int(bound) for bound in bounds], num_words, tag)
-        self._plans.move_to_end(key)
+            plan = kind(self, array, [int(bound) for bound in bounds], num_words, tag)
+            self._plans.add(plan, kind, array, bounds, num_words)
         return plan
-
-    def _drop_one(self) -> None:
-        """Forget the plan used longest ago that nobody waits for: alike on all ranks, how far each may be."""
-        for key, plan in self._plans.items():
-            if not plan.busy:
-                del self._plans[key]
-                plan.free()
-                return
 
     def _run(self, plan: "_Plan", words: np.ndarray | None) -> None:
         if self._flight:

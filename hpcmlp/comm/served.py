@@ -19,7 +19,6 @@ later are the servers' sums of words, which depend on messages of the first kind
 Two-sided messages rather than MPI-3 windows: see `comm.post`.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +26,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, broadcast, cut_parts
+from hpcmlp.comm.prepared import Prepared
 from hpcmlp.errors import RunFailed
 
 SEGMENT_BYTES = 2**20
@@ -86,7 +86,7 @@ class Served:
         self.segment_bytes = max(8, wanted // 64 * 64)
         self.bytes_sent = self.bytes_received = 0
         self.version = 0
-        self._plans: OrderedDict[tuple, _Push | _Pull] = OrderedDict()
+        self._plans = Prepared(MAX_PLANS)
 
     def empty(self, size: int, dtype: np.dtype | type) -> np.ndarray:
         """As `Collective.empty`. Local."""
@@ -128,8 +128,7 @@ class Served:
 
     def forget(self) -> None:
         """Drop the prepared messages and with them the references to the caller's arrays. Local."""
-        while self._plans:
-            self._plans.popitem()[1].free()
+        self._plans.clear()
 
     def free(self) -> None:
         """As `Collective.free`. Collective over `comm`."""
@@ -137,16 +136,10 @@ class Served:
         self.comm.Free()
 
     def _run(self, kind: type, array: np.ndarray, bounds: Bounds, sources: range, words: np.ndarray | None) -> None:
-        where = bounds.tobytes() if isinstance(bounds, np.ndarray) else tuple(bounds)
-        num_words = 0 if words is None else words.size
-        # The plan keeps the memory alive, so an address cannot come to mean another array.
-        key = (kind, array.__array_interface__["data"][0], array.dtype.char, where, sources, num_words)
-        plan = self._plans.get(key)
+        key = (kind, sources.start), array, bounds, 0 if words is None else words.size
+        plan = self._plans.find(*key)
         if plan is None:
-            plan = self._plans[key] = kind(self, array, [int(bound) for bound in bounds], sources, num_words)
-            if len(self._plans) > MAX_PLANS:
-                self._plans.popitem(last=False)[1].free()
-        self._plans.move_to_end(key)
+            plan = self._plans.add(kind(self, array, [int(bound) for bound in bounds], sources, key[-1]), *key)
         plan.run(words, self.version)
         self.bytes_sent += plan.bytes_sent
         self.bytes_received += plan.bytes_received
@@ -160,6 +153,8 @@ class Served:
 class _Push:
     """The messages of one reduce-scatter, prepared."""
 
+    busy = False
+
     def __init__(self, served: Served, array: np.ndarray, bounds: list[int], sources: range, num_words: int):
         comm, rank, size = served.comm, served.rank, served.size
         parts = served._parts(array, bounds)
@@ -170,6 +165,7 @@ class _Push:
         self.bytes_sent = sum(piece.nbytes for owner in owners for piece in parts[owner])
         self.bytes_received = sum(p.nbytes for p in parts[rank]) * (len(sources) - (rank in sources))
         self._prepare_words(served, num_words)
+        self._all_sends = [*self._sends, *self._word_sends, *self._replies]
         first = [request for receives, _, _ in self._segments[:DEPTH] for request in receives]
         self._first = [*first, *self._word_receives, *self._word_sends, *self._sends]
 
@@ -209,6 +205,7 @@ class _Push:
         self._word_sends, self._word_receives, self._replies = [], [], []
         # Row r holds the words of rank r; the last row the sum. The last column is the version.
         self._rows = np.zeros((size + 1, num_words + 1))
+        self._own, self._sum, self._versions = self._rows[rank], self._rows[-1], self._rows[:-1, -1]
         if not num_words:
             return
         self._serves, self._rank = rank < servers, rank
@@ -223,10 +220,9 @@ class _Push:
             self._word_receives = [comm.Recv_init(self._rows[-1], rank % servers, SUMS_TAG)]
 
     def run(self, words: np.ndarray | None, version: int) -> None:
-        rows = self._rows
         if words is not None:
-            rows[self._rank, :-1] = words
-            rows[self._rank, -1] = version
+            self._own[:-1] = words
+            self._own[-1] = version
         MPI.Prequest.Startall(self._first)
         for _, additions, later in self._segments:
             for receive, a, b, out in additions:
@@ -238,31 +234,34 @@ class _Push:
                 MPI.Prequest.Startall(later)
         if words is not None:
             self._sum_words(words, version)
-        MPI.Request.Waitall([*self._sends, *self._word_sends, *self._replies])
+        MPI.Request.Waitall(self._all_sends)
 
     def _sum_words(self, words: np.ndarray, version: int) -> None:
-        rows = self._rows
+        total = self._sum
         MPI.Request.Waitall(self._word_receives)
         if self._serves:
-            odd = rows[:-1, -1] != version
+            agree = self._versions.tolist().count(version) == len(self._versions)
             # One row after the other: NumPy's own sum may add in another order.
-            rows[-1] = rows[0]
-            for row in rows[1:-1]:
-                np.add(rows[-1], row, rows[-1])
-            rows[-1, -1] = -1 if odd.any() else version
+            first, second, *others = self._rows[:-1]
+            np.add(first, second, total)
+            for row in others:
+                np.add(total, row, total)
+            total[-1] = version if agree else -1
             MPI.Prequest.Startall(self._replies)
-        if rows[-1, -1] != version:
+        if total[-1] != version:
             raise RunFailed(f"rank {self._rank} is at version {version} of the parameters and another rank is not: a "
                             "message was lost or doubled; go on from the last checkpoint with --resume.")
-        words[:] = rows[-1, :-1]
+        words[:] = total[:-1]
 
     def free(self) -> None:
-        for request in [*self._sends, *self._receives, *self._word_sends, *self._word_receives, *self._replies]:
+        for request in [*self._all_sends, *self._receives, *self._word_receives]:
             request.Free()
 
 
 class _Pull:
     """The messages of one all-gather, prepared; every segment is received in its place."""
+
+    busy = False
 
     def __init__(self, served: Served, array: np.ndarray, bounds: list[int], sources: range, num_words: int):
         comm, rank = served.comm, served.rank

@@ -31,6 +31,7 @@ from mpi4py import MPI
 
 from hpcmlp import node_memory
 from hpcmlp.comm.messages import broadcast_bytes
+from hpcmlp.comm.prepared import Prepared
 from hpcmlp.comm.ring import Bounds, Ring
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import Unavailable
@@ -45,7 +46,7 @@ WORDS = 64              # control words that fit beside an array
 MARKS = 16              # uint32 of one rank in the table of a meeting
 ALONE, CROWDED, LATE = range(3)     # how a rank waits, as in ops/_fused_node.h
 PATIENCE = 25           # calls of `meet`, 0.2 ms each, after which a rank naps while it waits
-MAX_VIEWS = 64          # views of the stage that are kept
+MAX_VIEWS = 64          # views of the stage, and of arrays, that are kept
 SPARE_BYTES = 1 << 20   # of /dev/shm, for what the MPI library adds to a window
 # MPICH maps memory for a communicator's small collectives at the sixth of a kind, and dies of a bus error when there is
 # none left: let it do so before we take any.
@@ -81,7 +82,7 @@ class Shared:
         self.threads = self._cross.threads and self._cross.size > 1     # else nothing is ever under way
         self._ring: Ring | None = None
         self._windows: list[_Window] = []
-        self._plans: dict[tuple, _Plan] = {}
+        self._plans = Prepared(MAX_VIEWS)
         self._views: dict[tuple, tuple] = {}
         self._turn = self._half = 0
         self._stage: list[np.ndarray] = []
@@ -175,11 +176,11 @@ class Shared:
         Collective over the ranks. Until the next `all_gather` or `all_reduce` a rank writes its own part of it only (or
         what can only reach sums that nobody uses).
         """
-        window = self._find(array)
-        if window is None:
+        plan = self._plan(array, bounds)
+        if plan is None:
             self._on_ring().reduce_scatter(array, self._in_rank_order(bounds), words)
             return
-        plan = self._reduce_on_node(window, array, bounds, words)
+        self._reduce_on_node(plan, words)
         if self._cross.size > 1:
             self._cross.reduce_scatter(plan.share, plan.inner, words)
 
@@ -189,54 +190,48 @@ class Shared:
         Collective over the ranks: waits for the ranks of the node, not for other nodes. Waits come in the order of the
         starts. What is said of `array` at `reduce_scatter` holds here.
         """
-        window = self._find(array)
-        if window is None:
+        plan = self._plan(array, bounds)
+        if plan is None:
             return self._on_ring().start_reduce_scatter(array, self._in_rank_order(bounds), words)
-        plan = self._reduce_on_node(window, array, bounds, words)
+        self._reduce_on_node(plan, words)
         return self._cross.start_reduce_scatter(plan.share, plan.inner, words)
 
-    def _reduce_on_node(self, window: "_Window", array: np.ndarray, bounds: Bounds | None, words: np.ndarray | None,
-                        everywhere: bool = False) -> "_Plan":
-        """Sum this local rank's share of `array`, and `words`, over the node, and return the array's plan.
+    def _reduce_on_node(self, plan: "_Plan", words: np.ndarray | None, everywhere: bool = False) -> None:
+        """Sum this local rank's share of an array, and `words`, over the node.
 
         `everywhere`: into the memory of all ranks of the node, else into this one's.
         """
-        plan = self._plan(window, array, bounds)
         _, word_slots = self._fill(None, words)
         self._meet()
         self._sum(plan.shares if everywhere else plan.shares[:1], plan.shares)
         if words is not None:
             self._sum((words,), word_slots)
-        return plan
 
     def all_gather(self, array: np.ndarray, bounds: Bounds) -> None:
         """As `Collective.all_gather`. Collective over the ranks."""
-        window = self._find(array)
-        if window is None:
+        plan = self._plan(array, bounds)
+        if plan is None:
             self._on_ring().all_gather(array, self._in_rank_order(bounds))
             return
-        plan = self._plan(window, array, bounds)
         if self._cross.size > 1:
             self._cross.all_gather(plan.share, plan.inner)
-        self._spread(window, plan)
+        self._spread(plan)
 
     def start_all_gather(self, array: np.ndarray, bounds: Bounds) -> Any:
         """Start an `all_gather` over the nodes and return it, to `wait()` for: then the node's ranks have it too.
 
         Collective over the ranks; nothing here waits. Waits come in the order of the starts.
         """
-        window = self._find(array)
-        if window is None:
+        plan = self._plan(array, bounds)
+        if plan is None:
             return self._on_ring().start_all_gather(array, self._in_rank_order(bounds))
-        plan = self._plan(window, array, bounds)
-        return _Later(self._cross.start_all_gather(plan.share, plan.inner), lambda: self._spread(window, plan))
+        return _Later(self._cross.start_all_gather(plan.share, plan.inner), lambda: self._spread(plan))
 
     def start_gather_towards(self, array: np.ndarray, bounds: Bounds, kept: np.ndarray) -> Any:
         """Start a `gather_towards` and return it, as `start_all_gather`. Collective over the ranks."""
-        window = self._window_of(array)
-        plan = self._plan(window, array, bounds)
+        plan = self._plan_in_node(array, bounds)
         across = self._cross.start_gather_towards(plan.share, plan.inner, kept)
-        return _Later(across, lambda: self._spread(window, plan))
+        return _Later(across, lambda: self._spread(plan))
 
     @property
     def bytes_sent(self) -> int:
@@ -253,30 +248,29 @@ class Shared:
 
         Collective over the ranks. Only with a narrow ring between nodes, and for arrays made here.
         """
-        window = self._window_of(array)
-        plan = self._plan(window, array, bounds)
+        plan = self._plan_in_node(array, bounds)
         self._cross.gather_towards(plan.share, plan.inner, kept)
-        self._spread(window, plan)
+        self._spread(plan)
 
     def settle(self, array: np.ndarray, bounds: Bounds, out: np.ndarray) -> None:
         """Write into `out` what the reductions of `array` still owe it, as `WireRing.settle` does between the nodes.
 
         Collective over the ranks. `array` and `out` are arrays made here.
         """
-        plan = self._plan(self._window_of(array), array, bounds)
-        self._cross.settle(plan.share, plan.inner, self._plan(self._window_of(out), out, bounds).share)
+        plan = self._plan_in_node(array, bounds)
+        self._cross.settle(plan.share, plan.inner, self._plan_in_node(out, bounds).share)
         self.all_gather(out, bounds)
 
     def put_residual(self, array: np.ndarray, bounds: Bounds, owed: np.ndarray) -> None:
         """Keep of `owed` what `WireRing.put_residual` keeps of this rank's share. Local."""
-        plan = self._plan(self._window_of(array), array, bounds)
+        plan = self._plan_in_node(array, bounds)
         start = int(bounds[self.local_rank * self._cross.size])
         self._cross.put_residual(plan.share, plan.inner, owed[start:start + plan.share.size])
 
-    def _spread(self, window: "_Window", plan: "_Plan") -> None:
+    def _spread(self, plan: "_Plan") -> None:
         """Let the ranks of the node have each other's finished shares."""
         self._meet()
-        if window.common:
+        if plan.common:
             return
         for mine, theirs in plan.others:
             np.copyto(mine, theirs)
@@ -287,12 +281,12 @@ class Shared:
         if array.nbytes <= STAGE_BYTES:
             self._all_reduce_staged(array, words)
             return
-        window = self._find(array)
-        if window is None:
+        plan = self._plan(array, None)
+        if plan is None:
             self._on_ring().all_reduce(array, words)
             return
         one_node = self._cross.size == 1
-        plan = self._reduce_on_node(window, array, None, words, everywhere=one_node)
+        self._reduce_on_node(plan, words, everywhere=one_node)
         if not one_node:
             self._cross.all_reduce(plan.share, words)
             for share in plan.shares[1:]:
@@ -399,19 +393,6 @@ class Shared:
             self._views[key] = slots
         return slots
 
-    def _find(self, array: np.ndarray) -> "_Window | None":
-        address = array.__array_interface__["data"][0]
-        for window in self._windows:
-            if window.start <= address < window.stop:
-                return window
-        return None
-
-    def _window_of(self, array: np.ndarray) -> "_Window":
-        window = self._find(array)
-        if window is None:
-            raise SharedUnavailable("a narrow wire needs arrays in node memory: make them with `empty` or `common`")
-        return window
-
     def _on_ring(self) -> Ring:
         if self._ring is None:
             self._ring = Ring(self.comm, small_bytes=small_limit(self.size, self._cross.size == 1))
@@ -423,19 +404,22 @@ class Shared:
             raise SharedUnavailable("ordinary arrays in parts between several nodes: make them with `empty`")
         return bounds
 
-    def _plan(self, window: "_Window", array: np.ndarray, bounds: Bounds | None) -> "_Plan":
-        """Views that a phase works on, prepared once per (array, bounds); None: equal shares."""
-        address = array.__array_interface__["data"][0]
-        if bounds is None:
-            where: Any = None
-        else:
-            where = bounds.tobytes() if isinstance(bounds, np.ndarray) else tuple(bounds)
-        key = (address, array.size, array.dtype.char, where)
-        plan = self._plans.get(key)
+    def _plan(self, array: np.ndarray, bounds: Bounds | None) -> "_Plan | None":
+        """The views that a phase works on; None for an array outside node memory. `bounds` None: equal shares."""
+        plan = self._plans.find(_Plan, array, bounds)
         if plan is None:
-            if bounds is None:
-                bounds = [array.size * part // self.size for part in range(self.size + 1)]
-            plan = self._plans[key] = _Plan(self, window, array, [int(b) for b in bounds], address)
+            address = MPI.Get_address(array)
+            window = next((w for w in self._windows if w.start <= address < w.stop), None)
+            if window is not None:
+                starts = [array.size * part // self.size for part in range(self.size + 1)] if bounds is None else bounds
+                plan = _Plan(self, window, array, [int(start) for start in starts], address)
+                self._plans.add(plan, _Plan, array, bounds)
+        return plan
+
+    def _plan_in_node(self, array: np.ndarray, bounds: Bounds) -> "_Plan":
+        plan = self._plan(array, bounds)
+        if plan is None:
+            raise SharedUnavailable("a narrow wire needs arrays in node memory: make them with `empty` or `common`")
         return plan
 
 
@@ -445,8 +429,10 @@ class _Plan:
     share : the run of parts of this local rank in its own memory; shares : in the memory of all local ranks, this one
         first.
     others : pairs of the other local ranks' runs, in this rank's memory and in theirs.
-    inner : bounds of the parts within the share.
+    inner : bounds of the parts within the share. common : there is one array for all ranks of the node.
     """
+
+    busy = False
 
     def __init__(self, shared: Shared, window: "_Window", array: np.ndarray, bounds: list[int], address: int):
         nodes, me, offset = shared._cross.size, shared.local_rank, address - window.start
@@ -454,7 +440,7 @@ class _Plan:
         run = slice(cuts[me], cuts[me + 1])
         self.share = array[run]
         self.inner = np.array(bounds[me * nodes:(me + 1) * nodes + 1], np.int64) - cuts[me]
-        self.shares, self.others = (self.share,), []
+        self.shares, self.others, self.common = (self.share,), [], window.common
         if window.common:
             return
         neighbours = [memory[offset:offset + array.nbytes].view(array.dtype) for memory in window.memories]
@@ -463,6 +449,9 @@ class _Plan:
                 self.shares += (neighbours[rank][run],)
                 theirs = slice(cuts[rank], cuts[rank + 1])
                 self.others.append((array[theirs], neighbours[rank][theirs]))
+
+    def free(self) -> None:
+        """Do nothing: the window gives the memory back."""
 
 
 class _Later:
