@@ -42,7 +42,7 @@ class Steps:
     def __init__(self, sync, spec, rows, sharded, recompute=False):
         ops, topology, layout = open_ops("cpu"), Topology(COMM), spec.layout()
         size = sum(buffer_elements(spec)) if sharded else layout.size
-        self.exchange = exchange = open_exchange(sync, topology, size, np.float32)
+        self.exchange = exchange = open_exchange(sync, topology, size, np.float32, by_layer=sharded)
         assert exchange.name == sync, exchange.note
         if sharded:
             network, self.strategy = open_sharded(exchange, spec, COMM.size, ops, rows, recompute)

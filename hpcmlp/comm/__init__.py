@@ -11,7 +11,7 @@ from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
-from hpcmlp.traffic import CROSS_SEGMENT_BYTES, SEGMENT_BYTES, check_wire, small_limit
+from hpcmlp.traffic import CROSS_SEGMENT_BYTES, LAYER_SEGMENT_BYTES, SEGMENT_BYTES, check_wire, small_limit
 
 COLLECTIVES = ("ring", "shared", "native")    # those that need no further choice
 
@@ -110,10 +110,10 @@ def make_ring(comm: Any, wire: str = "float32", **options: Any) -> Ring:
     return WireRing(comm, wire, **options)
 
 
-def _ring_of_all(topology: Topology, wire: str = "float32") -> Ring:
+def _ring_of_all(topology: Topology, wire: str = "float32", by_layer: bool = False) -> Ring:
     one_node = topology.num_nodes == 1
-    return make_ring(topology.comm, wire, small_bytes=small_limit(topology.size, one_node),
-                     segment_bytes=SEGMENT_BYTES if one_node else CROSS_SEGMENT_BYTES)
+    segment_bytes = LAYER_SEGMENT_BYTES if by_layer else SEGMENT_BYTES if one_node else CROSS_SEGMENT_BYTES
+    return make_ring(topology.comm, wire, small_bytes=small_limit(topology.size, one_node), segment_bytes=segment_bytes)
 
 
 def rule(topology: Topology, wire: str = "float32") -> tuple[str | None, str]:
@@ -132,7 +132,8 @@ def rule(topology: Topology, wire: str = "float32") -> tuple[str | None, str]:
 
 
 def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False,
-                  wire: str = "float32", servers: int = 1, overlap: bool | None = False) -> Exchange:
+                  wire: str = "float32", servers: int = 1, overlap: bool | None = False,
+                  by_layer: bool = False) -> Exchange:
     """Return collectives and zeroed flat vectors of `size` elements.
 
     Collective over `topology.comm`. `name` may be "auto": by `rule`, or else the fastest in a short trial with vectors
@@ -147,7 +148,7 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     taken, why, note = *(rule(topology, wire) if name == "auto" else (name, "")), ""
 
     def make(which: str, elements: int) -> Exchange:
-        return _open(which, topology, elements, dtype, own_params, wire, servers)
+        return _open(which, topology, elements, dtype, own_params, wire, servers, by_layer)
 
     if taken == "shared":
         try:
@@ -169,7 +170,8 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     return exchange
 
 
-def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool, wire: str, servers: int) -> Exchange:
+def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool, wire: str, servers: int,
+          by_layer: bool) -> Exchange:
     """Open what is called `name` and nothing else; where node memory is not to be had nothing stays allocated."""
     note = ""
     if wire != "float32" and (topology.size == 1 or name == "shared" and topology.num_nodes == 1):
@@ -180,7 +182,7 @@ def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool
         from hpcmlp.comm.served import Served  # few runs want it
         collective = Served(topology.comm, servers)
     else:
-        collective = _ring_of_all(topology, wire) if name == "ring" else make_collective(name, topology)
+        collective = _ring_of_all(topology, wire, by_layer) if name == "ring" else make_collective(name, topology)
     try:
         return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), wire, note)
     except SharedUnavailable:

@@ -138,7 +138,7 @@ def _messages(w: Workload, recording: Recording) -> int:
         return 0
     if w.sharded:       # two segments for each shape of a layer in each of two buffers
         shapes = {(number % 2, stop - start) for number, (start, stop) in enumerate(w.spec.layer_spans())}
-        return sum(2 * min(traffic.SEGMENT_BYTES, 4 * -(-length // w.ranks)) for _, length in shapes)
+        return sum(2 * min(traffic.LAYER_SEGMENT_BYTES, 4 * -(-length // w.ranks)) for _, length in shapes)
     flat = recording.held["parameters"]
     share = flat // min(w.ranks, w.ranks_per_node) if w.sync == "shared" else flat
     buffers = 0

@@ -200,7 +200,7 @@ class Parts:
         from hpcmlp.sync.memory import buffer_elements
         from hpcmlp.sync.sharded import ShardedStep, open_sharded
         c, ops, size = self.config, self.ops, sum(buffer_elements(self.spec))
-        self.exchange = open_exchange(self.sync_name(), self.topology, size, np.float32)
+        self.exchange = open_exchange(self.sync_name(), self.topology, size, np.float32, by_layer=True)
         rows = np.array([self._rows()])     # evaluation cuts them alike on all ranks
         messages.max_in_place(self.comm, rows)
         self.network, self.strategy = open_sharded(self.exchange, self.spec, self.topology.size, ops, int(rows[0]),

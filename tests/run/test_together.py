@@ -66,7 +66,7 @@ def test_an_error_waits_for_the_last_turn():
 def test_gathered_layers_give_the_figures_of_one_rank(comm, name, rows, topology, given_back):
     ops, loss = HostOps(), Loss("softmax_cross_entropy")
     first = initialize(SPEC, 3, "auto", np.float32)
-    exchange = open_exchange(name, topology, sum(buffer_elements(SPEC)), np.float32)
+    exchange = open_exchange(name, topology, sum(buffer_elements(SPEC)), np.float32, by_layer=True)
     given_back(exchange.collective)
     network, strategy = open_sharded(exchange, SPEC, comm.size, ops, 4)
     given_back(strategy, "finish")
