@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections import deque
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from hpcmlp.sync.step import StepResult
 
 FIRST_SAVE_S, FIRST_SAVE_RATE = 0.2, 100e6  # what a save is thought to take before one was measured: s, bytes/s
 LEAD_MARGIN_S = 0.5
+LAST_SAID = 32      # records that survivors of an elastic run can still tell
 
 
 def main(config: TrainConfig, comm: Any) -> int:
@@ -128,6 +130,7 @@ class Training:
         self._began = self._started = time.monotonic()
         self._taken_over = False    # from a run on more ranks
         self._news: Any = None      # of ranks that were lost
+        self._said: deque[dict[str, Any]] = deque(maxlen=LAST_SAID if config.elastic else 0)    # to the log, lately
         self._settled = True        # whether all is done that was due after the last step
         self._before: tuple[Any, Any] = replace(self.session.progress), None   # progress and best state before that
         if previous is not None:
@@ -224,12 +227,14 @@ class Training:
 
     def _take_over(self, previous: "Training") -> None:
         """Go on where `previous`, on more ranks, was when some of them died. Collective over the survivors."""
-        from hpcmlp.run.elastic import hand_over
+        from hpcmlp.run.elastic import hand_over, known_to_any
         self._settled = hand_over(self.parts.comm, previous.session, self.session, previous._settled, previous._before)
         self._began, self._started = previous._began, previous._started
         self._taken_over = True
+        self._said = previous._said
+        records = known_to_any(self.parts.comm, self._said)
         if self.directory is not None:
-            self.directory.open_log(self.session.progress.step, redo=not self._settled)
+            self.directory.open_log(self.session.progress.step, redo=not self._settled, records=records)
             if previous.writer is not None:
                 self.writer = previous.writer   # it may be at work on a copy of its own
             else:
@@ -422,6 +427,7 @@ class Training:
             self.writer.wait()
 
     def _log(self, record: dict[str, Any]) -> None:
+        self._said.append(record)
         if self.directory is not None:
             self.directory.log(record)
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hpcmlp.data.files import write_atomically, write_failure
@@ -15,6 +16,7 @@ _STALE_S = 300.0
 _BEAT_S = 20.0
 _TAKEOVER_S = 30.0
 _LOOK_S = 1.0
+_TAIL = 256     # lines of a log: more than others can have to add
 
 
 def to_json(value: Any) -> str:
@@ -153,27 +155,30 @@ class RunDirectory:
             return False
         return True
 
-    def open_log(self, restored_step: int | None, redo: bool = False) -> None:
+    def open_log(self, restored_step: int | None, redo: bool = False, records: Sequence[dict[str, Any]] = ()) -> None:
         """Open metrics.jsonl for appending; lines past `restored_step` are dropped (all lines when it is None).
 
-        Local. With `redo` those are dropped too that the end of an epoch wrote at that very step.
+        Local. With `redo` those are dropped too that the end of an epoch wrote at that very step. `records` are what
+        others know of the last steps: those up to `restored_step` that the file lacks are added.
         """
         if self._log is not None:
             self._log.close()
         path = self.path / "metrics.jsonl"
-        kept = b""
-        if restored_step is not None and path.exists():
-            kept = b"".join(line for line in path.read_bytes().splitlines(keepends=True)
-                            if line.endswith(b"\n") and _step_of(line) <= restored_step
-                            and not (redo and _ends_epoch(line, restored_step)))
-        write_atomically(path, kept)
+        kept: list[bytes] = []
+        if restored_step is not None:
+            there = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            known = {_subject(line) for line in there[-_TAIL:]}
+            kept = [line for line in (*there, *_lines_of(records, known))
+                    if line.endswith(b"\n") and _step_of(line) <= restored_step
+                    and not (redo and _ends_epoch(line, restored_step))]
+        write_atomically(path, b"".join(kept))
         if self._log is not None:
             self._log.close()
         self._log = open(path, "ab", buffering=0)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl as one whole line. Local; raises CannotWrite."""
-        line = to_json(record).encode() + b"\n"
+        line = _line_of(record)
         try:
             self._log.write(line)
         except OSError as error:
@@ -206,6 +211,28 @@ def _alive(pid: int) -> bool:
             return pid > 0 and file.read().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return pid > 0
+
+
+def _line_of(record: dict[str, Any]) -> bytes:
+    return to_json(record).encode() + b"\n"
+
+
+def _lines_of(records: Sequence[dict[str, Any]], known: set[tuple]) -> Iterator[bytes]:
+    """Yield the lines of the records whose subjects are not `known`, each subject once."""
+    for line in map(_line_of, sorted(records, key=lambda record: record["step"])):
+        subject = _subject(line)
+        if subject not in known:
+            known.add(subject)
+            yield line
+
+
+def _subject(line: bytes) -> tuple:
+    """What a line speaks of, whoever wrote it: ranks differ in the times that they tell."""
+    try:
+        record = json.loads(line)
+        return tuple(record.get(name) for name in ("kind", "event", "step"))
+    except (ValueError, AttributeError):
+        return ()
 
 
 def _step_of(line: bytes) -> float:

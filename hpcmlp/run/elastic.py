@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
@@ -137,3 +137,12 @@ def hand_over(comm: Any, old: Session, new: Session, settled: bool, before: tupl
         for vector in (*new.vectors(), *([new.best] if has_best else ())):
             messages.broadcast(comm, vector, source)
     return bool(places[source] & 1)
+
+
+def known_to_any(comm: Any, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return on rank 0 the records of all survivors, none elsewhere. Collective over `comm`.
+
+    The rank that wrote the log may have died before it wrote what the others have seen happen.
+    """
+    told = messages.gather_bytes(comm, json.dumps(list(records)).encode())
+    return [record for one in told or () for record in json.loads(one)]

@@ -1,6 +1,7 @@
 """Ranks that die under `--elastic` cost neither a step nor the run; where the MPI cannot do that, it is said."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -80,6 +81,32 @@ def test_the_survivors_go_on_with_the_same_batches_and_lose_no_step(flowers, hpc
     assert not (run / "lock").exists()
     if "stop" in fault:
         assert "late: rank 2" in done.stderr and "is stopped" in done.stderr and "is killed" in done.stderr
+
+
+DIES_BEFORE_IT_LOGS = """
+import os, signal
+from hpcmlp.run.directory import RunDirectory
+log = RunDirectory.log
+def dies(self, record):
+    if record["kind"] == "step" and record["step"] == 48 and os.environ["OMPI_COMM_WORLD_RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    log(self, record)
+RunDirectory.log = dies
+"""
+
+
+@needs_ulfm
+def test_what_the_dead_rank_had_yet_to_log_is_in_the_log(flowers, hpcmlp, plain, tmp_path):
+    """At the end of an epoch, which is due after that step."""
+    (tmp_path / "sitecustomize.py").write_text(DIES_BEFORE_IT_LOGS)
+    run = tmp_path / "run"
+    done = hpcmlp("launch", "-n", 3, "--max-restarts", 0, "--", "train", "--elastic", "--data", flowers, "--out", run,
+                  *OPTIONS, env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(events(run, "lost")) == 1
+    assert [step for step, _ in losses(run)] == [step for step, _ in plain]
+    kinds = [record["kind"] for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+    assert kinds.count("epoch") == kinds.count("ranks") == 5
 
 
 @needs_ulfm

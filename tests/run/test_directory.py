@@ -94,6 +94,21 @@ def test_resuming_drops_lines_past_the_step_and_the_torn_last_line(tmp_path):
     assert kept == [*lines[:2], {"kind": "event", "step": 20, "loss": None}]
 
 
+def test_what_others_know_is_added_once_where_the_log_lacks_it(tmp_path):
+    def step(number, loss):
+        return {"kind": "step", "step": number, "loss": loss}
+
+    (tmp_path / "metrics.jsonl").write_text("".join(to_json(step(s, 1.0)) + "\n" for s in (10, 20)) + '{"kind": "st')
+    epoch = {"kind": "epoch", "step": 30, "epoch": 1}
+    known = [step(20, 2.0), step(30, 2.0), {"kind": "event", "event": "loss spike", "step": 30}, epoch]
+    directory = RunDirectory(tmp_path, True)
+    for redo, more in ((True, []), (False, [epoch])):
+        directory.open_log(30, redo, [*known, step(30, 3.0), step(40, 3.0)])
+        kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert kept == [step(10, 1.0), step(20, 1.0), *known[1:3], *more]
+    directory.release()
+
+
 def test_differences_between_runs_are_listed():
     check_same_run({"a": 1, "b": 2}, {"a": 1, "b": 3}, {"b"}, {})
     with pytest.raises(ConfigError, match="b was 2 and is 3"):
