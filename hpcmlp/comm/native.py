@@ -14,15 +14,15 @@ Bounds = Sequence[int] | np.ndarray
 class Native:
     """`comm.Collective` by MPI_Reduce_scatter, MPI_Allgatherv and MPI_Allreduce.
 
-    Collective over `comm`, which is duplicated. The same bits on all ranks rest on the library: MPI recommends it and
-    the common ones keep to it.
+    Local. `comm` itself is used, and its ranks must make all their calls in it in one order, from one thread. The same
+    bits on all ranks rest on the library: MPI recommends it and the common ones keep to it.
     """
 
     starts = narrow = threads = False
     bytes_sent = None   # how often the library sends what it is given is its own affair
 
     def __init__(self, comm: MPI.Intracomm, limit_bytes: int = LIMIT_BYTES):
-        self.comm = comm.Dup()
+        self.comm = comm
         self.rank = self.part = comm.rank
         self.size = comm.size
         self.limit_bytes = limit_bytes
@@ -87,8 +87,7 @@ class Native:
         broadcast(self.comm, array, root, self.limit_bytes)
 
     def free(self) -> None:
-        """As `Collective.free`. Collective over `comm`."""
-        self.comm.Free()
+        """Do nothing: the communicator is the caller's. Local."""
 
     def _sum_words(self, words: np.ndarray) -> None:
         if self._bins.shape[1] != words.size:

@@ -2,8 +2,10 @@
 
 A call that meets a dead rank raises on some survivors only. The first to see it revokes every communicator, so that no
 other waits for ever; all survivors then shrink, which all of them leave with the same, smaller communicator. Further
-deaths are met by doing it again. No request may be left behind, so the collectives used meanwhile are the library's
-own blocking ones. (Bland et al. 2013, "Post-failure recovery of MPI communication capability".)
+deaths are met by doing it again. No request may be left behind, so the collectives used meanwhile are the library's own
+blocking ones. And as few communicators as can be are made: Open MPI 5.0 dereferences a null pointer where it learns of
+a death while a communicator that holds the dead rank is being made (`ompi_comm_activate`). (Bland et al. 2013,
+"Post-failure recovery of MPI communication capability".)
 """
 
 import os

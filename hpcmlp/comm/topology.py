@@ -14,16 +14,19 @@ class Topology:
     and `num_nodes` is still the number of nodes. MPI is asked (COMM_TYPE_SHARED); launchers' variables lie.
     `local_sizes`, `cores` and `threads` are the fewest and the most, over all ranks, of ranks on a node, of cores that
     a rank may use and of its BLAS threads (0: not set).
+
+    one_node : all ranks are known to share one node: no communicator is made.
     """
 
-    def __init__(self, comm: MPI.Intracomm):
+    def __init__(self, comm: MPI.Intracomm, one_node: bool = False):
         self.comm = comm
         self.rank = comm.rank
         self.size = comm.size
-        self.node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+        self.node = comm if one_node else comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
         self.local_rank = self.node.rank
         self.local_size = self.node.size
-        self.cross = comm.Split(self.local_rank, key=comm.rank)
+        self.cross = MPI.COMM_SELF if one_node else comm.Split(self.local_rank, key=comm.rank)
+        self._one_node = one_node
         self.cross_rank = self.cross.rank
         self.cross_size = self.cross.size
         leaders = np.array([self.local_rank == 0], dtype=np.int64)
@@ -35,13 +38,18 @@ class Topology:
         comm.Allreduce(MPI.IN_PLACE, spread, MPI.MAX)
         self.local_sizes, self.cores, self.threads = zip((-spread[3:]).tolist(), spread[:3].tolist(), strict=True)
 
+    @property
+    def made(self) -> tuple[MPI.Intracomm, ...]:
+        """The communicators that were made here. Local."""
+        return () if self._one_node else (self.node, self.cross)
+
     def free(self) -> None:
         """Give back the communicators made here; `comm` stays the caller's.
 
         Collective over `comm`.
         """
-        self.node.Free()
-        self.cross.Free()
+        for comm in self.made:
+            comm.Free()
 
 
 def _blas_threads() -> int:

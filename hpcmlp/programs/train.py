@@ -250,8 +250,7 @@ class Training:
 
     def comms(self) -> tuple[Any, ...]:
         """Return the communicators besides the parts' own in which ranks may wait for each other. Local."""
-        topology = self.parts.topology
-        return topology.node, topology.cross, self.parts.exchange.collective.comm
+        return *self.parts.topology.made, self.parts.exchange.collective.comm
 
     def abandon(self) -> None:
         """Stop what runs beside the steps, because ranks have died. Local."""

@@ -51,10 +51,11 @@ class Elastic:
     def run(self) -> NoReturn:
         """Run to the end. Collective over the survivors; the process ends here, but for a fault of ours."""
         running, lost, since = None, [], 0.0
+        one_node = False    # where it is known, survivors make no communicator but the smaller world: see `survive`
         while True:
             try:
-                topology = self._on_all(Topology, self.comm)
-                self._others = topology.node, topology.cross
+                topology = self._on_all(Topology, self.comm, one_node)
+                self._others, one_node = topology.made, topology.num_nodes == 1
                 running = self._on_all(self._begin, topology, running)
                 self._others = running.comms()
                 faulthandler.cancel_dump_traceback_later()
