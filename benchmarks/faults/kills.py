@@ -4,9 +4,10 @@ Each case starts a run that saves every few steps, kills one of its ranks (or al
 a random delay between the first save and the end, and starts the same command again with --resume: until it has
 finished. Required: every restart goes on or begins anew where nothing had been acknowledged, the final parameters are
 those of the run that nobody disturbed bit for bit, and no checkpoint is unreadable at any time. A second row goes on at
-another rank count: losses equal to rounding.
+another rank count: losses equal to rounding. Then, a twentieth as many each, other ways to train: parameters in slices,
+local steps, a server in step, and one whose workers are not, of which only the end is asked for.
 
-    python benchmarks/faults/kills.py --count 500
+    python benchmarks/faults/kills.py --count 500 [--form sharded]
 """
 
 import argparse
@@ -31,6 +32,11 @@ STEPS = 60
 OPTIONS = ("--hidden", "24,16", "--global-batch-size", "32", "--lr", "0.01", "--dropout", "0.2", "--ema", "0.95",
            "--checkpoint-every", "5", "--log-every", "5", "--steps", str(STEPS), "--keep", "2", "--no-progress")
 MOST_RESTARTS = 6
+# Options, ranks, whether a restarted run has the bits of the undisturbed one.
+FORMS = {"plain": ((), RANKS, True), "sharded": (("--shard", "params"), RANKS, True),
+         "local steps": (("--local-steps", "5", "--outer-optimizer", "nesterov"), RANKS, True),
+         "server": (("--sync", "server"), 3, True),
+         "server out of step": (("--sync", "server", "--staleness", "2"), 3, False)}
 
 
 def mpiexec() -> str:
@@ -50,9 +56,9 @@ def make_data(folder: Path) -> Path:
     return folder / "data"
 
 
-def start(data: Path, out: Path, ranks: int, slow: float = 0.0) -> subprocess.Popen:
+def start(data: Path, out: Path, ranks: int, form: str, slow: float = 0.0) -> subprocess.Popen:
     command = [*mpiexec().split(), "-n", str(ranks), sys.executable, "-m", "hpcmlp", "train", "--data", str(data),
-               "--out", str(out), "--resume", *OPTIONS]
+               "--out", str(out), "--resume", *OPTIONS, *FORMS[form][0]]
     environ = {**os.environ, **({"HPCMLP_FAULT": f"act=sleep:{slow}"} if slow else {})}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environ,
                             start_new_session=True)
@@ -116,9 +122,9 @@ def unreadable(out: Path) -> list[str]:
     return bad
 
 
-def case(data: Path, out: Path, chance: random.Random, then: int = RANKS) -> dict[str, Any]:
+def case(data: Path, out: Path, chance: random.Random, then: int, form: str) -> dict[str, Any]:
     """One run with one kill, and restarts until it has finished; `then`: ranks of the restarts."""
-    process = start(data, out, RANKS, slow=0.01)
+    process = start(data, out, FORMS[form][1], form, slow=0.01)
     since = time.monotonic()
     while process.poll() is None and not list((out / "checkpoints").glob("*step-*")) and time.monotonic() < since + 60:
         time.sleep(0.005)
@@ -131,7 +137,7 @@ def case(data: Path, out: Path, chance: random.Random, then: int = RANKS) -> dic
     at = time.monotonic()
     while not (out / "summary.json").exists() and told["restarts"] < MOST_RESTARTS:
         told["restarts"] += 1
-        told["code"], told["text"] = finish(start(data, out, then))
+        told["code"], told["text"] = finish(start(data, out, then, form))
         if told["code"]:
             break
     told["seconds"] = time.monotonic() - at
@@ -149,45 +155,57 @@ def losses(out: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in lines if r["kind"] == "step"}
 
 
-def campaign(folder: Path, count: int, seed: int, then: int, until: float) -> tuple[list[dict[str, Any]], int, float]:
+def campaign(folder: Path, count: int, seed: int, then: int, until: float,
+             form: str = "plain") -> tuple[list[dict[str, Any]], int, float]:
     """Return the cases in which somebody was killed, how many ended as the undisturbed run, the largest loss gap."""
     data = folder / "data" if (folder / "data").exists() else make_data(folder)
-    whole = folder / "whole"
+    whole = folder / f"whole-{form}"
     if not whole.exists():
-        code, text = finish(start(data, whole, RANKS))
+        code, text = finish(start(data, whole, FORMS[form][1], form))
         assert code == 0, text
     chance = random.Random(seed)
     cases, same, gap = [], 0, 0.0
     while len(cases) < count and time.monotonic() < until:
         out = folder / f"run-{then}-{seed}-{len(cases)}"
-        told = case(data, out, chance, then)
+        told = case(data, out, chance, then, form)
         if told["killed"]:
             cases.append(told)
             if told["finished"]:
                 same += final(out) == final(whole)
                 one, other = losses(out), losses(whole)
-                gaps = [abs(one[s] - other[s]) / abs(other[s]) if s in one else float("inf") for s in other]
+                gaps = [abs(one[s] - other[s]) / max(abs(other[s]), 1e-6) if s in one else float("inf") for s in other]
                 gap = max(gap, *gaps)
         subprocess.run(["rm", "-rf", str(out)], check=True)
     return cases, same, gap
 
 
-def rows(count: int | None, seed: int, minutes: float = float("inf")) -> Iterator[dict[str, Any]]:
-    """One row at the same rank count, one at another (a tenth as many)."""
+def rows(count: int | None, seed: int, minutes: float = float("inf"),
+         form: str | None = None) -> Iterator[dict[str, Any]]:
+    """One row at the same rank count, one at another (a tenth as many), and one for each other form; or of one form."""
     count = count or 500
     until = time.monotonic() + 60 * minutes
+    lots = [("plain", RANKS, count), ("plain", RANKS + 1, max(1, count // 10))]
+    lots += [(name, ranks, max(1, count // 20)) for name, (_, ranks, _) in FORMS.items() if name != "plain"]
+    if form is not None:
+        lots = [(form, FORMS[form][1], count)]
     with tempfile.TemporaryDirectory(prefix="hpcmlp-kills-") as place:
-        for then, number in ((RANKS, count), (RANKS + 1, max(1, count // 10))):
-            cases, same, gap = campaign(Path(place), number, seed, then, until)
-            good = [c for c in cases if c["finished"] and not c["bad"]]
-            bad = next((c for c in cases if c not in good), None)
-            what = ", ".join(f"{w} {sum(c['whom'] == w for c in cases)}" for w in ("rank", "all", "job"))
-            within = gap < 1e-4
-            yield {"fault": f"kill -9 of {RANKS} ranks, restart on {then}", "injected": len(cases),
-                   "completed": len(good) if within else 0, "identical": same if then == RANKS else None,
-                   "recover_s": float(np.median([c["seconds"] for c in cases])) if cases else None,
-                   "note": f"{what}; unreadable checkpoints {sum(len(c['bad']) for c in cases)}; largest relative gap "
-                           f"of losses {gap:.1e}" + (f"; first failure: {bad}" if bad else "")}
+        for name, then, number in lots:
+            yield _row(name, then, *campaign(Path(place), number, seed, then, until, name))
+
+
+def _row(form: str, then: int, cases: list[dict[str, Any]], same: int, gap: float) -> dict[str, Any]:
+    _, ranks, exact = FORMS[form]
+    good = [c for c in cases if c["finished"] and not c["bad"]]
+    bad = next((c for c in cases if c not in good), None)
+    what = ", ".join(f"{w} {sum(c['whom'] == w for c in cases)}" for w in ("rank", "all", "job"))
+    within = gap < 1e-4 or not exact
+    gaps = f"; largest relative gap of losses {gap:.1e}" if exact else ""
+    return {"fault": f"kill -9 of {ranks} ranks, restart on {then}" + f", {form}" * (form != "plain"),
+            "injected": len(cases), "completed": len(good) if within else 0,
+            "identical": same if then == ranks and exact else None,
+            "recover_s": float(np.median([c["seconds"] for c in cases])) if cases else None,
+            "note": f"{what}; unreadable checkpoints {sum(len(c['bad']) for c in cases)}{gaps}"
+                    + (f"; first failure: {bad}" if bad else "")}
 
 
 def main() -> int:
@@ -195,9 +213,10 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=500, help="kills (default: 500)")
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop early after so many")
+    parser.add_argument("--form", choices=FORMS, help="one way to train (default: all)")
     options = parser.parse_args()
     broken = 0
-    for row in rows(options.count, options.seed, options.minutes):
+    for row in rows(options.count, options.seed, options.minutes, options.form):
         print(json.dumps(row), flush=True)
         broken += row["completed"] < row["injected"] or row["identical"] not in (None, row["injected"])
     return 1 if broken else 0
