@@ -129,7 +129,7 @@ class Training:
         self._save_s = FIRST_SAVE_S + self.session.num_bytes / FIRST_SAVE_RATE  # the longest seen; before: a guess
         self._began = self._started = time.monotonic()
         self._taken_over = False    # from a run on more ranks
-        self._news: Any = None      # of ranks that were lost
+        self._news: list[dict[str, Any]] = []   # of ranks that were lost, until the next step is done
         self._said: deque[dict[str, Any]] = deque(maxlen=LAST_SAID if config.elastic else 0)    # to the log, lately
         self._settled = True        # whether all is done that was due after the last step
         self._before: tuple[Any, Any] = replace(self.session.progress), None   # progress and best state before that
@@ -229,9 +229,10 @@ class Training:
         """Go on where `previous`, on more ranks, was when some of them died. Collective over the survivors."""
         from hpcmlp.run.elastic import hand_over, known_to_any
         self._settled = hand_over(self.parts.comm, previous.session, self.session, previous._settled, previous._before)
+        self._before = replace(self.session.progress), self.session.best    # should another die before it is settled
         self._began, self._started = previous._began, previous._started
         self._taken_over = True
-        self._said = previous._said
+        self._said, self._news = previous._said, previous._news
         records = known_to_any(self.parts.comm, self._said)
         if self.directory is not None:
             self.directory.open_log(self.session.progress.step, redo=not self._settled, records=records)
@@ -245,8 +246,8 @@ class Training:
         step, size = self.session.progress.step, self.parts.topology.size
         text = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} lost after step {step}"
         self.console.line(f"{text}; {size} {'ranks go' if size > 1 else 'rank goes'} on after {1e3 * seconds:.0f} ms")
-        self._news = {"kind": "event", "event": "lost", "step": step, "lost": ranks, "ranks": size,
-                      "recovery_s": seconds}
+        self._news.append({"kind": "event", "event": "lost", "step": step, "lost": ranks, "ranks": size,
+                           "recovery_s": seconds})
 
     def comms(self) -> tuple[Any, ...]:
         """Return the communicators besides the parts' own in which ranks may wait for each other. Local."""
@@ -307,9 +308,9 @@ class Training:
             log = check = False
             skips = result.skips_at_end + (skips if result.skipped else 0)
             if c.elastic:
-                if self._news:      # when the next step after a loss was done, on the clock of this host
-                    self._log({**self._news, "clock_s": time.monotonic()})
-                    self._news = None
+                for news in self._news:     # when the next step after a loss was done, on the clock of this host
+                    self._log({**news, "clock_s": time.monotonic()})
+                self._news.clear()
                 self._settled, self._before = False, (replace(self.session.progress), self.session.best)
             if self._after_step(result, skips, flag):
                 break

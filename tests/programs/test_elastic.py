@@ -109,6 +109,32 @@ def test_what_the_dead_rank_had_yet_to_log_is_in_the_log(flowers, hpcmlp, plain,
     assert kinds.count("epoch") == kinds.count("ranks") == 5
 
 
+DIE_WHILE_THEY_VALIDATE = """
+import os, signal
+from hpcmlp.run.judge import Judge
+validate, turns = Judge.validate, [0]
+def dies(self):
+    turns[0] += 1
+    if turns[0] == {"1": 2, "2": 3}.get(os.environ["OMPI_COMM_WORLD_RANK"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return validate(self)
+Judge.validate = dies
+"""
+
+
+@needs_ulfm
+def test_a_death_in_what_is_done_again_after_another_loses_no_step(flowers, hpcmlp, plain, tmp_path):
+    """Rank 1 dies in the validation after the second epoch, rank 2 when it is done again."""
+    (tmp_path / "sitecustomize.py").write_text(DIE_WHILE_THEY_VALIDATE)
+    run = tmp_path / "run"
+    done = hpcmlp("launch", "-n", 3, "--max-restarts", 0, "--", "train", "--elastic", "--data", flowers, "--out", run,
+                  *OPTIONS, env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(event["step"], event["lost"]) for event in events(run, "lost")] == [(46, [1]), (46, [1])]
+    for (step, loss), (same, expected) in zip(losses(run), plain, strict=True):
+        assert step == same and loss == pytest.approx(expected, rel=1e-3), f"step {step}"
+
+
 @needs_ulfm
 def test_a_rank_that_leaves_without_a_word_and_that_mpi_does_not_miss_costs_a_restart(flowers, hpcmlp, tmp_path):
     run = tmp_path / "run"
