@@ -230,7 +230,7 @@ def _subject(line: bytes) -> tuple:
     """What a line speaks of, whoever wrote it: ranks differ in the times that they tell."""
     try:
         record = json.loads(line)
-        return tuple(record.get(name) for name in ("kind", "event", "step"))
+        return tuple(str(record.get(name)) for name in ("kind", "event", "step", "lost"))
     except (ValueError, AttributeError):
         return ()
 
