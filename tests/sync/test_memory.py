@@ -88,7 +88,7 @@ def test_a_rank_holds_what_the_formula_says(run_ranks, name):
     expected = state_bytes(SPEC, 2, 4, sharded=True, common=4 if name == "shared" else 1)
     goal = state_bytes(SPEC, 2, 1, whole_update=True) / 4 + 16 * max(b - a for a, b in SPEC.layer_spans())
     # The ring has buffers of its own, two segments for each shape of a layer in each of the two buffers, and messages.
-    assert 0.97 * expected < measured < expected + (3 if name == "ring" else 2) * MIB
+    assert 0.97 * expected < measured < expected + (4 if name == "ring" else 2) * MIB
     assert expected <= goal and (name == "ring" or measured <= goal)
 
 
