@@ -12,6 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcmlp.comm.messages import all_gather_bytes, broadcast_bytes, min_in_place, sum_in_place
+from hpcmlp.ops.gpu_places import sharing
 
 
 def own_gpus(comm: MPI.Intracomm, identity: str, available: bool) -> str:
@@ -26,12 +27,8 @@ def own_gpus(comm: MPI.Intracomm, identity: str, available: bool) -> str:
     without = [rank for rank, text in enumerate(seen) if text[0] == "0"]
     if without:
         return f"NCCL is not there on rank {without[0]}"
-    first: dict[str, int] = {}
-    for rank, text in enumerate(seen):
-        if text in first:
-            return f"ranks {first[text]} and {rank} share a GPU"
-        first[text] = rank
-    return ""
+    groups = sharing([[text] for text in seen])
+    return f"ranks {groups[0][0]} and {groups[0][1]} share a GPU" if groups else ""
 
 
 class Nccl:
