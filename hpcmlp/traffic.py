@@ -15,6 +15,8 @@ CROSS_SEGMENT_BYTES = 2**18
 # Where layers come and go: 4 ranks hold 48.5 MiB of 784-1024x8-10 instead of 51.2, as the ring's work buffers are two
 # segments for each shape of a layer, in 1.13-1.27 of the unsharded step (1.18 in segments of 1 MiB).
 LAYER_SEGMENT_BYTES = 2**17
+# Between devices each segment costs a launch and a wait of some 10 us beside its message: chosen, not measured.
+DEVICE_SEGMENT_BYTES = 2**22
 REDUCE_SHARE = 4    # one call of MPI sends more than half a ring has to: so much smaller are small arrays there
 SCALE_BLOCK = 256   # int8: values with one float32 scale
 WORD_BINS = 4       # float64 that one control word takes among more than two ranks, so that its sum is exact

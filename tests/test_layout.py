@@ -16,11 +16,11 @@ LAYERS = [("errors",), ("node_memory",), ("traffic",), ("launch",), ("ops",), ("
           ("plan",), ("run",), ("programs",), ("cli",), ("__main__",)]
 # Within a folder a module imports only what stands before it; the folder's own name is its __init__.
 INSIDE = {
-    "ops": "counter activations losses gpu_places staging plain blocked _fused host device cublaslt candidates "
-           "launches small_products emulated gpu_device ops",
+    "ops": "counter activations losses gpu_places staging device_sums plain blocked _fused host device cublaslt "
+           "candidates launches small_products emulated gpu_device ops",
     "nn": "nn layout losses network planned_forward planned initializers optimizers schedules metrics auc",
-    "comm": "exact_sum messages reach topology agreement survive ring wire ring_wire native nccl shared choice served "
-            "post comm",
+    "comm": "exact_sum messages reach topology agreement survive prepared ring wire ring_wire native nccl shared "
+            "choice served post comm",
     "data": "data files links guard layouts tables csv_numbers manifest order device_order arrays csv_reader "
             "hdf5_reader idx_reader npz_reader parquet_reader probe readers row_file splits statistics download "
             "sources targets preprocess cleaning selection summary shards describe samples resident streamed loader",

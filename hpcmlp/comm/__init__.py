@@ -11,7 +11,14 @@ from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
-from hpcmlp.traffic import CROSS_SEGMENT_BYTES, LAYER_SEGMENT_BYTES, SEGMENT_BYTES, check_wire, small_limit
+from hpcmlp.traffic import (
+    CROSS_SEGMENT_BYTES,
+    DEVICE_SEGMENT_BYTES,
+    LAYER_SEGMENT_BYTES,
+    SEGMENT_BYTES,
+    check_wire,
+    small_limit,
+)
 
 COLLECTIVES = ("ring", "shared", "native")    # those that need no further choice
 
@@ -168,6 +175,16 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     exchange = make(taken, size)
     exchange.why, exchange.note = why, note or exchange.note
     return exchange
+
+
+def open_direct(topology: Topology, size: int, dtype: Any, sums: Any) -> Exchange:
+    """Return the ring that sends straight from and into the memory of devices, whose `sums` add there.
+
+    Collective over `topology.comm`. The vectors of `size` elements are the host's, for what is gathered between steps.
+    """
+    ring = make_ring(topology.comm, segment_bytes=DEVICE_SEGMENT_BYTES, device=sums,
+                     small_bytes=small_limit(topology.size, topology.num_nodes == 1))
+    return Exchange("direct", ring, *_vectors(ring, size, dtype, True))
 
 
 def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool, wire: str, servers: int,

@@ -13,6 +13,9 @@ So the first to start is the first to end, and none shares the wire with a later
 
 Small arrays, whose cost is the number of hops, do not take the ring: see `_Together`.
 
+Where MPI sends from the memory of devices the same ring takes their arrays: then a device adds, and before anything is
+sent or received it is waited for.
+
 Cost, for n bytes on P ranks: each rank sends (P-1)/P n in each half, 2 (P-1)/P n in an all-reduce, which is the least
 possible, in 2 (P-1) hops. P. Patarasuk, X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations", J. Parallel Distrib. Comput. 69 (2009).
@@ -42,6 +45,19 @@ PROBE_BYTES = 2**20
 Bounds = Sequence[int] | np.ndarray
 
 
+class HostSums:
+    """Sums of NumPy arrays, which are made at once; for those of a device see `ops.device_sums`."""
+
+    add = np.add
+
+    def empty(self, num_bytes: int) -> np.ndarray:
+        """Return (num_bytes,) uint8. Local."""
+        return np.empty(num_bytes, np.uint8)
+
+    def wait(self) -> None:
+        """Do nothing. Local."""
+
+
 class Ring:
     """`comm.Collective` by messages between neighbours in the ring.
 
@@ -55,13 +71,15 @@ class Ring:
     limit_bytes : no message is larger; for tests.
     small_bytes : up to here an all-reduce is one call of MPI, a reduce-scatter up to a quarter of it; None:
         `small_limit` between nodes.
+    device : `ops.device_sums.DeviceSums`, whose arrays are then taken beside the host's by all but `broadcast`; their
+        sums have the bits that the host's have.
     """
 
     starts = True
     narrow = False
 
     def __init__(self, comm: MPI.Intracomm, segment_bytes: int = SEGMENT_BYTES, limit_bytes: int = LIMIT_BYTES,
-                 small_bytes: int | None = None):
+                 small_bytes: int | None = None, device: Any = None):
         self.comm = comm.Dup()
         self.rank = self.part = comm.rank
         self.size = comm.size
@@ -71,6 +89,7 @@ class Ring:
         self._right = (self.rank + 1) % self.size
         self._plans = Prepared(MAX_PLANS)
         self._made = 0
+        self._host, self._device = HostSums(), device
         self._flight: deque[_Operation] = deque()
         self._together = _Together(self.comm)
         self.bytes_sent = 0     # by reductions and gatherings so far, words included
@@ -186,7 +205,10 @@ class Ring:
         self.bytes_sent += together_sends(array.nbytes, self.size, 0 if words is None else words.size)
 
     def _is_small(self, array: np.ndarray, share: int = 1) -> bool:
-        return array.nbytes * share <= self._small_bytes and self.size > 1
+        return array.nbytes * share <= self._small_bytes and self.size > 1 and self._sums(array) is self._host
+
+    def _sums(self, array: Any) -> Any:
+        return self._host if self._device is None or not self._device.holds(array) else self._device
 
     def _reduce_plan(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None) -> "_Plan":
         return self._plan(_ReduceScatter, array, bounds, 0 if words is None else words.size)
@@ -344,10 +366,12 @@ class _Plan:
     `post` starts to receive; `steps` sends and does the rest, and yields each request that must have ended before it
     can go on: a caller that waits for them and one that asks now and then run the same code.
 
-    busy : started and not yet waited for. all_started : nothing more will be sent than what `sends` are busy with.
+    sums : how what comes in is added. busy : started and not yet waited for. all_started : nothing more will be sent
+    than what `sends` are busy with.
     """
 
-    def __init__(self, array: np.ndarray):
+    def __init__(self, array: np.ndarray, sums: Any):
+        self.sums = sums
         self.array = array  # kept, so that its address cannot come to mean another one
         self.busy = self.all_started = False
         self.sends: list[MPI.Prequest] = []
@@ -361,6 +385,7 @@ class _Plan:
         return self.sends[-1]
 
     def post(self) -> None:
+        self.sums.wait()    # for what the array is made by, and for who still reads where something comes in
         self.all_started = False
         MPI.Prequest.Startall(self._posted)
 
@@ -376,11 +401,11 @@ class _ReduceScatter(_Plan):
     """The messages of one reduce-scatter."""
 
     def __init__(self, ring: Ring, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
-        super().__init__(array)
+        super().__init__(array, ring._sums(array))
         comm, rank, size = ring.comm, ring.rank, ring.size
         parts = ring._parts(array, bounds)
         first_sends = [self._prepare_send(ring, piece, tag) for piece in parts[rank - 1]]
-        buffers = work_buffers(parts)
+        buffers = work_buffers(parts, self.sums)
         hops = []
         for hop in range(size - 1):
             steps = []
@@ -410,14 +435,14 @@ class _ReduceScatter(_Plan):
             self._receives.extend(self._word_receives)
 
     def steps(self, words: np.ndarray | None) -> Iterator[Any]:
-        add, rows = np.add, self._rows
+        add, wait, rows = self.sums.add, self.sums.wait, self._rows
         if words is not None:
             split(words, rows[0])
         MPI.Prequest.Startall(self._first)
         for hop, steps in enumerate(self._hops):
             if self._word_sends:
                 yield self._word_receives[hop]
-                add(rows[hop + 1], rows[0], rows[hop + 1])
+                np.add(rows[hop + 1], rows[0], rows[hop + 1])
                 if hop + 1 < len(self._hops):
                     self._word_sends[hop + 1].Start()
             if hop + 1 == len(self._hops):
@@ -425,6 +450,7 @@ class _ReduceScatter(_Plan):
             for receive, own, work, later, send in steps:
                 yield receive
                 add(own, work, own)
+                wait()
                 if later is not None:
                     later.Start()
                 if send is not None:
@@ -438,7 +464,7 @@ class _AllGather(_Plan):
     """The messages of one all-gather; every segment is received in its place."""
 
     def __init__(self, ring: Ring, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
-        super().__init__(array)
+        super().__init__(array, ring._sums(array))
         comm, rank, size = ring.comm, ring.rank, ring.size
         parts = ring._parts(array, bounds)
         self._first = [self._prepare_send(ring, piece, tag) for piece in parts[rank]]
@@ -461,7 +487,7 @@ class _AllGather(_Plan):
         yield self._all
 
 
-def work_buffers(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
-    """Return the buffers that take what comes in before it is added, bytes of the largest segment. Local."""
+def work_buffers(parts: list[list[np.ndarray]], sums: Any) -> list[np.ndarray]:
+    """Return the buffers that take what comes in before `sums` add it, bytes of the largest segment. Local."""
     largest = max((piece.nbytes for part in parts for piece in part), default=0)
-    return [np.empty(max(8, largest), np.uint8) for _ in range(DEPTH)]
+    return [sums.empty(max(8, largest)) for _ in range(DEPTH)]

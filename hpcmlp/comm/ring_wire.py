@@ -137,7 +137,7 @@ class _NarrowReduceScatter(_ReduceScatter):
     """The messages of one reduce-scatter in a narrow format."""
 
     def __init__(self, ring: WireRing, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
-        _Plan.__init__(self, array)
+        _Plan.__init__(self, array, ring._host)
         comm, rank, size = ring.comm, ring.rank, ring.size
         self._wire = ring.wire
         residual = ring._residual(array, bounds)
@@ -152,7 +152,7 @@ class _NarrowReduceScatter(_ReduceScatter):
             return steps
 
         self._start = outgoing((rank - 1) % size)
-        works, hops, buffers = [], [], work_buffers(parts)
+        works, hops, buffers = [], [], work_buffers(parts, self.sums)
         for hop in range(size - 1):
             part = (rank - 2 - hop) % size
             hops.append(outgoing(part) if hop < size - 2 else [(own, None, None, None) for own in parts[part]])
@@ -208,7 +208,7 @@ class _NarrowAllGather(_Plan):
     """The messages of one gathering of rounded differences; a segment goes on before it is decoded."""
 
     def __init__(self, ring: WireRing, array: np.ndarray, bounds: list[int], num_words: int, tag: int):
-        super().__init__(array)
+        super().__init__(array, ring._host)
         comm, rank, size = ring.comm, ring.rank, ring.size
         self._wire, self._segment_bytes = ring.wire, ring.segment_bytes
         parts = ring._parts(array, bounds)

@@ -7,23 +7,24 @@ from typing import Any
 import numpy as np
 
 from hpcmlp.errors import Unavailable
+from hpcmlp.ops.device_sums import DeviceSums, LateSums
 from hpcmlp.ops.plain import PlainOps
-from hpcmlp.ops.staging import Late, Staged
+from hpcmlp.ops.staging import Direct, Late, Staged
 
 
 class DeviceOps(PlainOps):
     """The operations on arrays of the module `xp`, which is CuPy except in tests.
 
     Operations return as soon as they are queued; those that return a number, and `to_host`, wait for the device.
-    `identity` is that of the GPU, which no other one of any node has.
+    `identity` is that of the GPU, which no other one of any node has, `number` this process's own.
     """
 
     fused = False
     plans = True
 
-    def __init__(self, xp: Any, identity: str = ""):
+    def __init__(self, xp: Any, identity: str = "", number: int = 0):
         super().__init__(xp)
-        self.identity = identity
+        self.identity, self.number = identity, number
 
     def to_host(self, a, out):
         if hasattr(a, "get"):
@@ -49,6 +50,20 @@ class DeviceOps(PlainOps):
             source = self.xp.asarray(source[rows])
             rows = self.xp.arange(source.shape[0])
         super().gather(source, rows, out, shift, scale)
+
+
+class DirectOps(DeviceOps):
+    """As `DeviceOps`, where MPI sends straight from and into the memory of the device.
+
+    `sums` are the additions of the ring that does it (`ops.device_sums`).
+    """
+
+    def __init__(self, xp: Any, identity: str = "", number: int = 0):
+        super().__init__(xp, identity, number)
+        self.sums = DeviceSums(xp) if hasattr(xp, "cuda") else LateSums()
+
+    def stage(self, a, host=None):
+        return Direct(a, host)
 
 
 def see_gpus() -> list[str]:
@@ -100,7 +115,7 @@ def identities(runtime: Any) -> list[str]:
 def open_device(number: int, identity: str) -> DeviceOps:
     """Take the GPU of this number, of this process's own ones from `see_gpus`, and return its operations. Local."""
     if os.environ.get("HPCMLP_GPU", "").startswith("emulated"):
-        return DeviceOps(np, identity)     # for tests: everything but the GPU itself
+        return DeviceOps(np, identity, number)     # for tests: everything but the GPU itself
     cupy = _cupy()
     cupy.cuda.Device(number).use()
-    return DeviceOps(cupy, identity)
+    return DeviceOps(cupy, identity, number)

@@ -1,10 +1,12 @@
 """Copies of a flat vector between a device and the host, range by range, beside whatever else goes on.
 
-Messages are sent from `host` and received there. `fetch` starts to bring a range down and returns what waits for it;
-`put` starts to take one up; `settle` waits for all that was put. Until then nobody may read a range that is on its way,
-nor change where it comes from. `InPlace` is for arithmetic on the host, where nothing moves; `Staged` copies by streams
-of its own between the device and page-locked memory; `Late` stands in for it without a device, and makes every copy at
-the last moment that its waits allow, with what is no number in its place before: a wait that is missing shows.
+Messages are sent from `sent` and received there. `fetch` starts to bring a range there and returns what waits for it;
+`put` starts to take one back; `settle` waits for all that was put. Until then nobody may read a range that is on its
+way, nor change where it comes from. `host` is on the host, and free for other use where no messages are under way.
+`InPlace` is for arithmetic on the host, where nothing moves, and `Direct` for a device whose memory MPI sends from;
+`Staged` copies by streams of its own between the device and page-locked memory; `Late` stands in for it without a
+device, and makes every copy at the last moment that its waits allow, with what is no number in its place before: a
+wait that is missing shows.
 """
 
 import weakref
@@ -26,7 +28,7 @@ class InPlace:
     """The vector itself: it is on the host."""
 
     def __init__(self, array: np.ndarray):
-        self.host = array
+        self.sent = self.host = array
 
     def fetch(self, start: int, stop: int) -> Callable[[], None]:
         """Return what waits for nothing. Local."""
@@ -37,6 +39,14 @@ class InPlace:
 
     def settle(self) -> None:
         """Do nothing. Local."""
+
+
+class Direct(InPlace):
+    """The vector itself, on a device, beside a vector on the host (None: made here)."""
+
+    def __init__(self, array: Any, host: np.ndarray | None = None):
+        super().__init__(array)
+        self.host = np.zeros(array.shape, array.dtype) if host is None else host
 
 
 class Staged:
@@ -50,7 +60,7 @@ class Staged:
 
     def __init__(self, xp: Any, array: Any, host: np.ndarray | None = None):
         self._xp, self._runtime, self._array = xp, xp.cuda.runtime, array
-        self.host = np.zeros(array.shape, array.dtype) if host is None else host
+        self.sent = self.host = np.zeros(array.shape, array.dtype) if host is None else host
         self._here, self._there, self._width = self.host.ctypes.data, int(array.data.ptr), self.host.itemsize
         self._down, self._up = (xp.cuda.Stream(non_blocking=True) for _ in range(2))
         self._now = xp.cuda.Event(disable_timing=True)
@@ -106,7 +116,8 @@ class Late:
     """
 
     def __init__(self, array: np.ndarray, host: np.ndarray | None = None):
-        self._array, self.host = array, np.zeros(array.shape, array.dtype) if host is None else host
+        self._array = array
+        self.sent = self.host = np.zeros(array.shape, array.dtype) if host is None else host
         self._puts: list[slice] = []
 
     def fetch(self, start: int, stop: int) -> Callable[[], None]:

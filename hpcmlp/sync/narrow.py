@@ -28,7 +28,7 @@ class NarrowUpdate(SlicedUpdate):
                  host: tuple[np.ndarray | None, np.ndarray | None] = (None, None)):
         super().__init__(collective, buckets, size, params, grads, ops, host)
         self._places = self._find_places()
-        self._masters = np.empty(sum(stop - start for start, stop in self.ranges), self._host_params.dtype)
+        self._masters = np.empty(sum(stop - start for start, stop in self.ranges), self._sent_params.dtype)
         self._between = np.empty(min(BLOCK, self._masters.size), self._masters.dtype)
         self.take_up({})
 
@@ -50,7 +50,7 @@ class NarrowUpdate(SlicedUpdate):
         Collective only for optimizers that need norms.
         """
         for flat, own in self._places:
-            self._exchange(self._host_params[flat], self._masters[own])
+            self._exchange(self._sent_params[flat], self._masters[own])
             self._params.put(flat.start, flat.stop)
         self._params.settle()
         super().update(optimizer, lr, step, grad_scale)
@@ -71,7 +71,7 @@ class NarrowUpdate(SlicedUpdate):
 
     def _towards(self, k: int, bucket: Bucket) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         _, own = self._places[k]
-        return self._host_params[bucket.start:bucket.stop], bucket.bounds, self._masters[own]
+        return self._sent_params[bucket.start:bucket.stop], bucket.bounds, self._masters[own]
 
     def carried(self) -> dict[str, np.ndarray]:
         """Return the masters too ("master"). Collective."""
@@ -83,8 +83,8 @@ class NarrowUpdate(SlicedUpdate):
 
     def take_up(self, carried: dict[str, np.ndarray]) -> None:
         """Go on from `carried`; without a "master" in it the parameters are the masters. Local."""
-        self._params.fetch(0, self._host_params.size)()
-        flat = carried.get("master", self._host_params)
+        self._params.fetch(0, self._sent_params.size)()
+        flat = carried.get("master", self._sent_params)
         for place, own in self._places:
             self._masters[own] = flat[place]    # while an update is under way: the replica of these elements
         super().take_up({name: flat for name, flat in carried.items() if name != "master"})

@@ -121,7 +121,7 @@ class Overlapped(SlicedUpdate):
         began = perf_counter()
         while len(self._reductions) < len(self.buckets) and self.buckets[len(self._reductions)].start >= start:
             bucket = self.buckets[len(self._reductions)]
-            part = self._host_grads[bucket.start:bucket.stop]
+            part = self._sent_grads[bucket.start:bucket.stop]
             self._grads.fetch(bucket.start, bucket.stop)()
             last = len(self._reductions) + 1 == len(self.buckets)
             with self.progress.lock:
@@ -170,7 +170,7 @@ class Overlapped(SlicedUpdate):
 
     def finish(self) -> None:
         """Return when all parameters stand and nothing is under way. Collective over the ranks of a node."""
-        self.need(0, self._host_params.size)
+        self.need(0, self._sent_params.size)
 
     def whole(self, owned: Any, keep: bool = True) -> np.ndarray | None:
         self.finish()

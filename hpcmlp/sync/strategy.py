@@ -28,7 +28,7 @@ class SlicedUpdate:
     size : the number of ranks.
     params, grads : flat vectors of one dtype, on the device or on the host (there `params` may be common to a node).
     ops : the arithmetic; when its arrays are on a device, messages are staged through host copies: a bucket is copied
-        while the one before it is on its way between the ranks.
+        while the one before it is on its way between the ranks; with `ops.device.DirectOps` they need none.
     host : vectors on the host, as the collective likes them, for the copies of params and grads; None: made here.
 
     Attributes
@@ -45,7 +45,7 @@ class SlicedUpdate:
         self.ranges = self._ranges()
         self._owned = [self._own(bucket) for bucket in buckets]
         self._params, self._grads = ops.stage(params, host[0]), ops.stage(grads, host[1])
-        self._host_params, self._host_grads = self._params.host, self._grads.host
+        self._sent_params, self._sent_grads = self._params.sent, self._grads.sent
         # The collectives prepare their messages per array: kept arrays make that a cost of the first call only.
         self._square = np.zeros(1, dtype=np.float64)
         self._gathered: np.ndarray | None = None
@@ -73,7 +73,7 @@ class SlicedUpdate:
         last = len(self.buckets) - 1
         for k, bucket in enumerate(self.buckets):
             arrivals[k]()
-            self._reduce_bucket(self._host_grads[bucket.start:bucket.stop], bucket, words if k == last else None)
+            self._reduce_bucket(self._sent_grads[bucket.start:bucket.stop], bucket, words if k == last else None)
             self._grads.put(*self._owned[k])
         self._grads.settle()
 
@@ -108,11 +108,11 @@ class SlicedUpdate:
         """Return when nothing is under way any more: here, always. Collective where a strategy overlaps."""
 
     def _share_bucket(self, k: int, bucket: Bucket) -> None:
-        self.collective.all_gather(self._host_params[bucket.start:bucket.stop], bucket.bounds)
+        self.collective.all_gather(self._sent_params[bucket.start:bucket.stop], bucket.bounds)
 
     def _start_share(self, k: int, bucket: Bucket) -> Any:
         """As `_share_bucket`, but return at once what is to be waited for."""
-        return self.collective.start_all_gather(self._host_params[bucket.start:bucket.stop], bucket.bounds)
+        return self.collective.start_all_gather(self._sent_params[bucket.start:bucket.stop], bucket.bounds)
 
     def _gather(self, flat: np.ndarray) -> None:
         for bucket in self.buckets:
@@ -128,7 +128,7 @@ class SlicedUpdate:
         flat = self._kept()
         for bucket in self.buckets:
             piece = slice(bucket.start, bucket.stop)
-            self.collective.settle(self._host_grads[piece], bucket.bounds, flat[piece])
+            self.collective.settle(self._sent_grads[piece], bucket.bounds, flat[piece])
         return {"residual": flat.copy()}
 
     def take_up(self, carried: dict[str, np.ndarray]) -> None:
@@ -142,21 +142,21 @@ class SlicedUpdate:
         if "residual" in carried and self.collective.narrow:
             for bucket in self.buckets:
                 piece = slice(bucket.start, bucket.stop)
-                self.collective.put_residual(self._host_grads[piece], bucket.bounds, carried["residual"][piece])
+                self.collective.put_residual(self._sent_grads[piece], bucket.bounds, carried["residual"][piece])
 
     def _kept(self) -> np.ndarray:
         """Return a flat host vector for what is gathered now and then."""
         if self._gathered is None:
-            self._gathered = self.collective.empty(self._host_params.size, self._host_params.dtype)
+            self._gathered = self.collective.empty(self._sent_params.size, self._sent_params.dtype)
         return self._gathered
 
     def whole(self, owned: Any, keep: bool = True) -> np.ndarray | None:
         """Return the flat host vector whose owned ranges, concatenated, are `owned` on each rank.
 
-        Collective, between steps: the gradient's memory is used. For saving or using optimizer state, averaged weights
-        and the best state. A rank without `keep` helps the others and gets None.
+        Collective, between steps: the memory that the gradient is sent from, or beside it, is used. For saving or using
+        optimizer state, averaged weights and the best state. A rank without `keep` helps the others and gets None.
         """
-        flat = self._host_grads
+        flat = self._grads.host
         part = owned
         if not isinstance(owned, np.ndarray):
             part = np.empty(owned.shape, flat.dtype)

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from hpcmlp.comm import make_ring, open_exchange
+from hpcmlp.comm import make_ring, open_direct, open_exchange
 from hpcmlp.comm.shared import Shared
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import RULES, Average, make_optimizer
-from hpcmlp.ops.device import DeviceOps
+from hpcmlp.ops.device import DeviceOps, DirectOps
 from hpcmlp.ops.host import HostOps
 from hpcmlp.ops.staging import Late
 from hpcmlp.sync import make_strategy
@@ -330,5 +330,42 @@ def test_buckets_are_staged_beside_each_other_and_a_wait_that_is_missing_shows(c
     strategy.share()
     assert (good and np.array_equal(params, -wanted)) == (missing is None)
     # The collective works on its own memory, not on a copy of somebody else's.
-    assert strategy._host_grads is exchange.grads and strategy._host_params is exchange.params
+    assert strategy._sent_grads is exchange.grads and strategy._sent_params is exchange.params
     exchange.collective.free()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("whole", (False, True))
+def test_what_goes_straight_from_the_device_has_the_bits_of_the_hosts_ring(comm, whole, topology, given_back):
+    """No copy is made; what is gathered between steps comes to the host, and leaves the device's vectors alone."""
+    size, length = comm.size, 1000
+    buckets, sums, found = cut_evenly(length, 384 * 4 / 2**20, size), [], []
+    for ops in (DirectOps(np), DeviceOps(np)):
+        direct = isinstance(ops, DirectOps)
+        exchange = open_direct(topology, length, np.float32, ops.sums) if direct else \
+            open_exchange("ring", topology, length, np.float32)
+        given_back(exchange.collective)
+        grads = np.random.default_rng(comm.rank).standard_normal(length, dtype=np.float32)
+        params = np.zeros(length, np.float32)
+        strategy = make_strategy(whole)(exchange.collective, buckets, size, params, grads, ops,
+                                        (exchange.params, exchange.grads))
+        if direct:
+            assert strategy._sent_grads is grads and strategy._sent_params is params
+            own, grads[:] = grads.copy(), 0
+            ops.sums.add(own, np.zeros_like(own), grads)       # still to be computed
+        words = np.array([comm.rank + 0.5])
+        strategy.reduce(words)
+        if direct:
+            ops.sums.wait()     # for one rank, which sends nothing
+        norm = strategy.grad_norm()
+        for start, stop in strategy.ranges:
+            params[start:stop] = -grads[start:stop]
+        before = grads.copy()
+        strategy.share()
+        owned = np.concatenate([params[start:stop] for start, stop in strategy.ranges])
+        flat = strategy.whole(owned)
+        assert flat.tobytes() == params.tobytes() and (not direct or grads.tobytes() == before.tobytes())
+        sums.append([grads[start:stop].tobytes() for start, stop in strategy.ranges])
+        found.append((params.tobytes(), norm, words.tobytes()))
+    assert sums[0] == sums[1] and found[0] == found[1] and np.isfinite(params).all() and params.any()
+    assert len(set(comm.allgather(found[0][0]))) == 1
