@@ -38,7 +38,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lamb", "lars")
 SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle")
 INITIALIZERS = ("auto", "he", "he_normal", "he_uniform", "glorot", "glorot_normal", "glorot_uniform", "lecun",
                 "lecun_normal", "lecun_uniform", "torch")
-SYNCS = ("auto", "shared", "ring", "native", "nccl", "server")
+SYNCS = ("auto", "shared", "ring", "native", "nccl", "direct", "server")
 WIRES = ("float32", "bf16", "float16", "int8")
 DEVICES = ("cpu", "gpu")
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -158,9 +158,10 @@ class TrainConfig:
                             "keeps 10 bits of the mantissa, bf16 also of activations 8; parameters and sums stay "
                             "float32")
     sync: str = option("auto", choices=SYNCS, help="how gradients are combined: shared (node memory, ring between "
-                       "nodes), ring, native (the MPI library's own), nccl (between GPUs, one per rank), or server "
-                       "(parameters on servers); auto: nccl where it can be had with --device gpu, else shared on one "
-                       "node, else the fastest in a short trial")
+                       "nodes), ring, native (the MPI library's own), nccl (between GPUs, one per rank), direct (ring "
+                       "straight from GPU memory, by a CUDA-aware MPI), or server (parameters on servers); auto: with "
+                       "--device gpu nccl where it can be had, else on one node direct where that is claimed and "
+                       "proven, else shared on one node, else the fastest in a short trial")
     servers: int | None = option(None, kind=int, low=1, help="--sync server: ranks that hold the parameters; when "
                                  "fewer than all they do nothing else (default: 1)")
     staleness: str | None = option(None, help="--sync server: steps that parameters may change between a worker's pull "

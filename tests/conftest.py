@@ -225,6 +225,43 @@ def nodes_of(comm, given_back):
     return pretend
 
 
+FAKE_CUPY = '''
+import ctypes, os
+wrong = int(os.environ.get("FAKE_WRONG", "0"))
+class runtime:
+    deviceSynchronize = staticmethod(lambda: None)
+class Device:
+    def __init__(self, number):
+        assert number < int(os.environ.get("FAKE_GPUS", "1")), "no such GPU"
+    use = lambda self: None
+class cuda:
+    runtime, Device = runtime, Device
+class Array:
+    def __init__(self, size, first):
+        self.memory = (ctypes.c_float * size)(*([first] * min(size, 8)))
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "<f4", "version": 3,
+                                         "data": (ctypes.addressof(self.memory), False)}
+    def get(self):
+        if len(self.memory) == wrong:
+            self.memory[wrong - 1] += 1 + id(self) % 997
+        return memoryview(self.memory)
+arange = lambda size, dtype: Array(size, 3.0)
+zeros = lambda size, dtype: Array(size, 0.0)
+'''
+
+
+@pytest.fixture(scope="session")
+def fake_cupy(tmp_path_factory):
+    """A folder for PYTHONPATH with as much of CuPy as the child uses that tries messages from GPU memory.
+
+    Its arrays are the host's. In the environment FAKE_WRONG is the length of those whose numbers change on their way,
+    FAKE_GPUS how many GPUs there are (1).
+    """
+    folder = tmp_path_factory.mktemp("cupy")
+    (folder / "cupy.py").write_text(FAKE_CUPY)
+    return folder
+
+
 def find_mpiexec():
     """Return the launcher: $MPIEXEC, else the one beside this Python, else the one in PATH."""
     given = os.environ.get("MPIEXEC")

@@ -19,7 +19,7 @@ from hpcmlp.ops.activations import KINDS as ACTIVATIONS
 @pytest.mark.parametrize("choices, table", [
     (config.ACTIVATIONS, ACTIVATIONS), (config.LOSSES, losses.OPTIONS), (config.OPTIMIZERS, optimizers.RULES),
     (config.SCHEDULES, schedules.DEFAULTS), (config.INITIALIZERS, initializers.KINDS),
-    (config.SYNCS, ("auto", *COLLECTIVES, "nccl", "server")), (config.SPLITS, SPLITS)])
+    (config.SYNCS, ("auto", *COLLECTIVES, "nccl", "direct", "server")), (config.SPLITS, SPLITS)])
 def test_choices_are_those_of_the_table_behind_them(choices, table):
     assert sorted(choices) == sorted(table)
 

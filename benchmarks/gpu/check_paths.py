@@ -1,7 +1,8 @@
 """What lies around the steps of a device: predictions, copies beside other work, collectives in graphs, shared GPUs.
 
 `python check_paths.py` checks it on the emulated device; as ranks of MPI (`mpiexec -n 2 python check_paths.py staged`)
-two ranks take steps through the memory of the host, on one GPU where there is one.
+two ranks take steps through the memory of the host, and straight from that of the device where MPI proves that it can,
+on one GPU where there is one.
 """
 
 import json
@@ -24,7 +25,7 @@ from hpcmlp.nn.layout import PaddedLayout, pad
 from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.planned import PlannedNetwork
 from hpcmlp.nn.planned_forward import Predictor
-from hpcmlp.ops.device import DeviceOps
+from hpcmlp.ops.device import DeviceOps, DirectOps
 from hpcmlp.ops.plain import PlainOps
 from hpcmlp.sync.planned import DeviceSamples, PlannedSteps
 
@@ -141,6 +142,23 @@ def check_messages() -> None:
     print(f"  claimed by {', '.join(claims(mapped_mpi())) or 'nobody'}; a child: {why_false() or 'it is true'}")
 
 
+def check_sums(device: Any) -> None:
+    """Add as the ring does that sends straight from the device: into a view, waited for, with the bits of the host."""
+    random, sums = np.random.default_rng(0), DirectOps(device.xp).sums
+    for count, scale in ((1, 1.0), (1000, 1e-38), (1 << 20, 1.0)):
+        a, b = (random.standard_normal(count, dtype=np.float32) * np.float32(scale) for _ in range(2))
+        own, work = device.zeros(count + 8, np.float32), sums.empty(4 * count + 64)[:4 * count].view(np.float32)
+        device.upload(a, own[8:])
+        device.upload(b, work)
+        assert sums.holds(own) and sums.holds(work)
+        sums.add(own[8:], work, own[8:])
+        sums.wait()
+        back = np.empty(count + 8, np.float32)
+        device.download(own, back)
+        assert not back[:8].any() and back[8:].tobytes() == (a + b).tobytes()
+    print("  sums of the ring have the bits of the host, small numbers too")
+
+
 def check_gpus() -> None:
     """Print how the GPUs of this node are known, and that they are told apart."""
     from hpcmlp.ops.device import see_gpus
@@ -150,7 +168,7 @@ def check_gpus() -> None:
 
 
 def start_ranks(ranks: int) -> None:
-    """Let ranks share the GPU: steps through the memory of the host."""
+    """Let ranks share the GPU: steps through the memory of the host, or straight from that of the device."""
     beside = Path(sys.executable).with_name("mpiexec")
     launcher = str(beside) if beside.exists() else shutil.which("mpiexec")
     if launcher is None:
@@ -164,25 +182,42 @@ def start_ranks(ranks: int) -> None:
 
 
 def staged() -> None:
-    """Take steps with the other ranks through the memory of the host, and compare them with float64."""
+    """Take steps with the other ranks through the memory of the host, and compare them with float64.
+
+    So also straight from the memory of the device, where a child process proves that MPI can; the emulated one's can.
+    """
     from hpcmlp import launch
     world = launch.open_world()
-    from hpcmlp.comm import open_exchange
+    from hpcmlp.comm import open_direct, open_exchange
     from hpcmlp.comm.topology import Topology
     from hpcmlp.ops import open_planned
+    from hpcmlp.run.device_messages import may_send, why_wrong
     from hpcmlp.run.gpus import open_arithmetic
     from hpcmlp.sync import make_strategy
     from hpcmlp.sync.buckets import cut_evenly
     from hpcmlp.sync.device_step import StagedStep
     topology, steps = Topology(world.comm), 40
-    ops, note = open_arithmetic("gpu", world.comm)
+    own_ops, note = open_arithmetic("gpu", world.comm)
+    ops: DeviceOps = own_ops
     device, rank, size = open_planned(ops), topology.rank, topology.size
     p = check_steps.Problem(check_steps.TABLE[0])
     wanted, _ = check_steps.run_float64(p, steps)
     layout = p.spec.layout(PaddedLayout)
     layout.size = pad(layout.size, PaddedLayout.WIDTH * size)
-    for name in ("shared", "ring"):
-        exchange = open_exchange(name, topology, layout.size, np.float32)
+    for name in ("shared", "ring", "direct"):
+        if name == "direct":
+            good, why = (True, "") if device.name == "emulated" else \
+                may_send(world.comm, topology.num_nodes, own_ops.number, asked=True)
+            if not good:
+                if rank == 0:
+                    print(json.dumps({"ranks": size, "sync": name, "left out": why}), flush=True)
+                continue
+            ops = DirectOps(own_ops.xp, own_ops.identity, own_ops.number)
+            exchange = open_direct(topology, layout.size, np.float32, ops.sums)
+            wrong = why_wrong(exchange.collective, device)
+            assert not wrong, f"{why}, but {wrong}"
+        else:
+            exchange = open_exchange(name, topology, layout.size, np.float32)
         params, grads = device.zeros(layout.size, np.float32), device.zeros(layout.size, np.float32)
         buckets = cut_evenly(layout.size, 0.005, size)      # several of them
         strategy = make_strategy(False)(exchange.collective, buckets, size, params, grads, ops,
@@ -208,6 +243,7 @@ def check_all(attempt: Callable[[str, Callable[[], None]], Any], device: Any) ->
     attempt("GPUs of this node", check_gpus)
     attempt("predictions", lambda: check_predictions(device))
     attempt("copies in chunks", lambda: check_staging(device))
+    attempt("sums of the ring", lambda: check_sums(device))
     attempt("collectives in steps", lambda: check_together(device))
     attempt("ranks that share the GPU", lambda: start_ranks(2))
     attempt("messages from GPU memory", check_messages)

@@ -109,8 +109,9 @@ def calibrate(config: BenchConfig, topology: Topology) -> None:
 
 def _check_device(config: BenchConfig) -> None:
     """Raise ConfigError for what acts on one kind of device only."""
-    if config.sync == "nccl":
-        raise ConfigError("--sync nccl has no effect with bench step, which times the path through host memory.")
+    if config.sync in ("nccl", "direct"):
+        raise ConfigError(f"--sync {config.sync} has no effect with bench step, which times the path through host "
+                          "memory.")
     if config.device == "cpu":
         if config.precision != "float32":
             raise ConfigError(f"--precision {config.precision} has no effect with --device cpu, which computes in "

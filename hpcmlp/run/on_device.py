@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from hpcmlp.comm import open_exchange
+from hpcmlp.comm import open_direct, open_exchange
 from hpcmlp.comm.agreement import agreed, alike
 from hpcmlp.errors import ConfigError
 from hpcmlp.nn.layout import PaddedLayout, pad
 from hpcmlp.nn.optimizers import HYPER
 from hpcmlp.nn.planned import RULES, PlannedNetwork
 from hpcmlp.ops import open_planned
+from hpcmlp.ops.device import DirectOps
 from hpcmlp.run.session import Session
 from hpcmlp.sync import STAGED_MB, Plan, make_strategy
 from hpcmlp.sync.buckets import cut, cut_evenly
@@ -56,20 +57,20 @@ def plan_on_device(parts: Any) -> OnDevice:
     c, m, topology = parts.config, parts.manifest, parts.topology
     with agreed(parts.comm):
         device = open_planned(parts.ops)
-    path, why = _path(c, parts.comm, device, parts.ops.identity)
     layout = parts.spec.layout(PaddedLayout)
     layout.size = pad(layout.size, PaddedLayout.WIDTH * topology.size)     # equal parts
-    parts.exchange = open_exchange("ring" if path == "nccl" else parts.sync_name(), topology, layout.size, np.float32,
-                                   own_params=c.full_update, overlap=False)
+    ops = DirectOps(parts.ops.xp, parts.ops.identity, parts.ops.number)
+    path, why = _open_path(parts, device, layout.size, ops)
     bucket_mb = c.bucket_mb or STAGED_MB
-    buckets = cut(layout.size, [0], 1, topology.size) if path == "nccl" else \
+    # What nothing is copied beside is one message.
+    buckets = cut(layout.size, [0], 1, topology.size) if path == "nccl" or path == "direct" and not c.bucket_mb else \
         cut_evenly(layout.size, bucket_mb, topology.size)
     parts.plan = Plan(buckets, None, False, bucket_mb)
     with agreed(parts.comm):
         target_width = 0 if m.task == "classification" else m.num_outputs
         params, grads = device.zeros(layout.size, np.float32), device.zeros(layout.size, np.float32)
         parts.strategy = make_strategy(c.full_update)(parts.exchange.collective, parts.plan.buckets, topology.size,
-                                                      params, grads, parts.ops,
+                                                      params, grads, ops if path == "direct" else parts.ops,
                                                       (parts.exchange.params, parts.exchange.grads))
         # Of a batch's rows the ranks' shares differ by one at most.
         parts.network = network = PlannedNetwork(
@@ -79,7 +80,7 @@ def plan_on_device(parts: Any) -> OnDevice:
         samples = _samples(parts, device, target_width)
     gpus = open_collectives(parts.comm, device, layout.size // topology.size) if path == "nccl" else None
     steps = PlannedSteps(network, samples, parts.loader.order, parts.schedule.lr, topology.rank, topology.size,
-                         path != "host", gpus)
+                         path in ("alone", "nccl"), gpus)
     network.set_params(layout.pack(parts.spec.layout().views(parts.initial_parameters())))
 
     def due(number: int) -> bool:
@@ -92,18 +93,11 @@ def plan_on_device(parts: Any) -> OnDevice:
         parts.exchange.name = "nccl"
     else:
         parts.step, text = StagedStep(steps, parts.strategy, parts.ops, c.clip_norm), \
-            f"gradients through host memory ({why}{_not_used()})"
+            f"gradients {'straight from GPU' if path == 'direct' else 'through host'} memory ({why})"
     text = f"samples {'sent batch by batch' if steps.fed else 'on the device'}, {text}"
     average = None if network.averaged is None else SimpleNamespace(array=network.averaged)
     parts.session = Session(parts.comm, network, parts.strategy, SimpleNamespace(state=network.state), average)
     return OnDevice(device, steps, text)
-
-
-def _not_used() -> str:
-    """Who claims that messages could go straight from GPU memory: see `run.device_messages` for why they do not."""
-    from hpcmlp.run.device_messages import claims, mapped_mpi
-    said = claims(mapped_mpi())
-    return f"; not straight from GPU memory, though {', '.join(said)} claims that MPI can" if said else ""
 
 
 def _samples(parts: Any, device: Any, target_width: int) -> DeviceSamples | FedSamples:
@@ -115,20 +109,52 @@ def _samples(parts: Any, device: Any, target_width: int) -> DeviceSamples | FedS
                       m.load_shift, m.load_scale)
 
 
-def _path(config: Any, comm: Any, device: Any, identity: str) -> tuple[str, str]:
-    """Return "alone", "nccl" or "host", and why not by NCCL. Collective; raises ConfigError where it was asked for."""
-    if comm.size == 1:
-        return "alone", ""
+def _open_path(parts: Any, device: Any, size: int, ops: DirectOps) -> tuple[str, str]:
+    """Open the collectives of vectors of `size` elements; return "alone", "nccl", "direct" or "host", and why that.
+
+    Collective; raises ConfigError where what was asked for cannot be. The first in this order is taken.
+    """
+    c, topology = parts.config, parts.topology
+    why = _why_not_nccl(c, parts.comm, device, ops.identity) if topology.size > 1 else ""
+    if why and c.sync in ("auto", "direct"):
+        said = _open_direct(parts, device, size, ops)
+        if parts.exchange is not None:
+            return "direct", f"{why}; {said}"
+        if c.sync == "direct":
+            raise alike(ConfigError(f"--sync direct cannot work here: {said}; use --sync auto."))
+        why += f"; {said}" if said else ""
+    own = "ring" if c.sync in ("nccl", "direct") or not why and topology.size > 1 else parts.sync_name()
+    parts.exchange = open_exchange(own, topology, size, np.float32, own_params=c.full_update, overlap=False)
+    return ("alone" if topology.size == 1 else "host" if why else "nccl"), why
+
+
+def _open_direct(parts: Any, device: Any, size: int, ops: DirectOps) -> str:
+    """Open the ring over device memory, where that is proven, else None, as the exchange; return why. Collective."""
+    from hpcmlp.run.device_messages import may_send, why_wrong
+    topology, parts.exchange = parts.topology, None
+    good, why = may_send(parts.comm, topology.num_nodes, ops.number, parts.config.sync == "direct")
+    if good:
+        exchange = open_direct(topology, size, np.float32, ops.sums)
+        wrong = why_wrong(exchange.collective, device)
+        if wrong:
+            exchange.collective.free()
+            return f"not straight from GPU memory: {why}, but {wrong} between the ranks"
+        parts.exchange = exchange
+    return why
+
+
+def _why_not_nccl(config: Any, comm: Any, device: Any, identity: str) -> str:
+    """Return why not, "" where steps go by NCCL. Collective; raises ConfigError where it was asked for."""
     sync = config.sync
     if sync not in ("auto", "nccl") or config.full_update:
-        return "host", "--full-update" if config.full_update else f"--sync {sync}"
+        return "--full-update" if config.full_update else f"--sync {sync}"
     from hpcmlp.comm.nccl import own_gpus
     why = own_gpus(comm, identity, device.has_nccl)
     if why and sync == "nccl":
         raise alike(ConfigError(f"--sync nccl cannot work here: {why}; start one rank per GPU, or use --sync auto."))
     if sync == "auto" and not device.prefers_nccl:
-        return "host", "the device is emulated"
-    return ("host", why) if why else ("nccl", "")
+        return "the device is emulated"
+    return why
 
 
 def open_collectives(comm: Any, device: Any, part: int) -> Any:

@@ -52,9 +52,8 @@ def check_fits(config: Any, manifest: Manifest, size: int) -> None:
                           "step by step; leave one out.")
     if config.shard == "params":
         _check_shard(config)
-    if config.sync == "nccl" and config.device == "cpu":
-        raise ConfigError("--sync nccl has no effect with --device cpu; it belongs to --device gpu with one GPU per "
-                          "rank.")
+    if config.sync in ("nccl", "direct") and config.device == "cpu":
+        raise ConfigError(f"--sync {config.sync} has no effect with --device cpu; it belongs to --device gpu.")
     if config.sync == "nccl" and config.full_update:
         raise ConfigError("--sync nccl has no effect with --full-update, which sums on the hosts; leave one out.")
     if config.precision != "float32" and config.device == "cpu":

@@ -81,9 +81,9 @@ class Parts:
         if not why:
             self.on_device = plan_on_device(self)
         else:
-            if config.sync == "nccl":
-                raise alike(ConfigError(f"--sync nccl has no effect with {why}, which is summed on the hosts; leave "
-                                        "one out."))
+            if config.sync in ("nccl", "direct"):
+                raise alike(ConfigError(f"--sync {config.sync} has no effect with {why}, which is summed on the hosts; "
+                                        "leave one out."))
             if config.precision != "float32":
                 raise alike(ConfigError(f"--precision {config.precision} has no effect with {why}, which computes in "
                                         "float32; leave one out."))
@@ -266,7 +266,7 @@ class Parts:
                 state, _ = checkpoint.newest_good(c.out)
                 had = {} if state is None else state.meta.get("sync", {})
                 if (had.get("ranks"), had.get("nodes")) == (t.size, t.num_nodes):
-                    name = had["name"].replace("nccl", "auto").encode()
+                    name = b"auto" if had["name"] in ("nccl", "direct") else had["name"].encode()
         return messages.broadcast_bytes(self.comm, name if self.comm.rank == 0 else None).decode()
 
     def _on_device(self, values: list[float] | None) -> Any:

@@ -1,4 +1,4 @@
-"""Steps on devices as the loop knows them: of one rank alone, of several GPUs by themselves, or through host memory."""
+"""Steps on devices as the loop knows them: of one rank alone, of several GPUs by themselves, or with hosts between."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -107,7 +107,8 @@ class TogetherStep(AloneStep):
 
 
 class StagedStep(Step):
-    """The steps of several ranks: the gradient is computed on the device, summed and shared through host memory.
+    """The steps of several ranks: the gradient is computed on the device, summed and shared as the strategy does it,
+    through host memory or straight from the device's.
 
     Collective, as `sync.step.Step`, whose order of things it keeps.
 

@@ -1,6 +1,7 @@
 """`train --device gpu` through the command line on the emulated GPU: the numbers of the CPU, restarts, errors."""
 
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -13,6 +14,7 @@ from hpcmlp.run import checkpoint
 OPTIONS = ("--hidden", "24,16", "--global-batch-size", 48, "--lr", 0.005, "--schedule", "cosine", "--dropout", 0.2,
            "--ema", 0.95, "--clip-norm", 1.0, "--log-every", 7, "--steps", 40, "--checkpoint-every", 16)
 EMULATED = {"HPCMLP_GPU": "emulated"}
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,6 +150,8 @@ def test_options_outside_the_plan_take_plain_operations_and_say_so(flowers, hpcm
 def test_precision_that_cannot_take_effect_is_an_error(flowers, refusals, tmp_path):
     cases = [(("--precision", "bf16"), "--precision bf16 has no effect with --device cpu"),
              (("--sync", "nccl"), "--sync nccl has no effect with --device cpu"),
+             (("--sync", "direct"), "--sync direct has no effect with --device cpu"),
+             (("--device", "gpu", "--sync", "direct", "--layer-norm"), "--sync direct has no effect with --layer-norm"),
              (("--device", "gpu", "--sync", "nccl", "--residual"), "--sync nccl has no effect with --residual"),
              (("--device", "gpu", "--precision", "tf32", "--optimizer", "lamb"),
               "--precision tf32 has no effect with --optimizer lamb")]
@@ -178,6 +182,56 @@ def test_bench_step_times_planned_steps(hpcmlp, ranks):
     result = json.loads(done.stdout)
     assert result["device"] == "emulated" and result["precision"] == "bf16" and result["ranks"] == (ranks or 1)
     assert result["step_ms"] > 0.0 and result["num_params"] == 20 * 16 + 16 + 16 * 4 + 4
+
+
+@pytest.mark.parametrize("more", (("--bucket-mb", 0.001), ("--full-update",)))
+def test_messages_straight_from_the_device_give_the_bits_of_the_ring_of_hosts(flowers, hpcmlp, tmp_path, fake_cupy,
+                                                                               more):
+    """Where MPI claims it and a child has proven it; a claim that is false is said, and the hosts send."""
+    claim = {"MV2_USE_CUDA": "1", "PYTHONPATH": f"{REPOSITORY}:{fake_cupy}"}
+    said = {}
+    for name, sync, env in (("host", "ring", {}), ("auto", "auto", claim), ("asked", "direct", claim),
+                            ("false", "auto", claim | {"FAKE_WRONG": "1024"})):
+        done = train(hpcmlp, flowers, tmp_path / name, "--device", "gpu", "--sync", sync, *more, ranks=3, **env)
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    assert "gradients through host memory (--" in said["host"]
+    assert "claims that MPI can, proven in a child process of every rank" in said["auto"]
+    assert "gradients straight from GPU memory (--" in said["asked"] and "sync direct" in said["asked"]
+    assert "gradients through host memory" in said["false"]
+    assert "tried in a child process of rank 0, it ends with 1: AssertionError: other numbers arrive" in said["false"]
+    bits = {name: parameters(tmp_path / name)[1] for name in said}
+    assert bits["host"] == bits["auto"] == bits["asked"]
+    assert json.loads((tmp_path / "auto" / "summary.json").read_text())["sync"] == "direct"
+
+
+def test_a_run_that_sends_straight_from_the_device_stops_and_goes_on_with_the_same_bits(flowers, hpcmlp, tmp_path,
+                                                                                        fake_cupy):
+    more = "--device", "gpu", "--precision", "bf16", "--sync", "direct"
+    env = {"PYTHONPATH": f"{REPOSITORY}:{fake_cupy}"}
+    whole = train(hpcmlp, flowers, tmp_path / "whole", *more, ranks=2, **env)
+    stopped = train(hpcmlp, flowers, tmp_path / "cut", *more, ranks=2, **env,
+                    HPCMLP_FAULT="rank=0,step=22,act=signal:SIGUSR1")
+    resumed = train(hpcmlp, flowers, tmp_path / "cut", *more, "--resume", ranks=2, **env)
+    assert (whole.returncode, stopped.returncode, resumed.returncode) == (0, 75, 0), resumed.stderr
+    assert "--sync direct; proven in a child process of every rank" in whole.stdout
+    assert parameters(tmp_path / "cut")[1] == parameters(tmp_path / "whole")[1]
+
+
+def test_what_was_asked_for_and_is_not_proven_is_refused_in_one_sentence(flowers, hpcmlp, tmp_path, fake_cupy):
+    (tmp_path / "cupy.py").write_text("import os; os.abort()")
+    for folder, words in ((tmp_path, "tried in a child process of rank 0, it ends with -6: no word"),
+                          (fake_cupy, "no such GPU")):
+        done = train(hpcmlp, flowers, tmp_path / "run", "--device", "gpu", "--sync", "direct", ranks=2,
+                     PYTHONPATH=f"{REPOSITORY}:{folder}", FAKE_GPUS="0")
+        assert done.returncode == 78 and done.stderr.count("\n") == 1, done.stderr
+        assert "--sync direct cannot work here: not straight from GPU memory" in done.stderr and words in done.stderr
+
+
+@pytest.mark.parametrize("sync", ("nccl", "direct"))
+def test_one_rank_has_nobody_to_send_to(flowers, hpcmlp, tmp_path, sync):
+    done = train(hpcmlp, flowers, tmp_path / "run", "--device", "gpu", "--sync", sync)
+    assert done.returncode == 0 and "whole steps on the device" in done.stdout, done.stderr
 
 
 def test_ranks_that_share_a_gpu_are_named_with_the_cure(flowers, hpcmlp, tmp_path):

@@ -99,7 +99,7 @@ def test_a_copy_that_differs_is_seen(paths, comm, monkeypatch):
     assert not results[0].replicas_agree
 
 
-@pytest.mark.parametrize("check", ("check_predictions", "check_together"))
+@pytest.mark.parametrize("check", ("check_predictions", "check_sums", "check_together"))
 def test_what_a_real_gpu_is_asked_holds_on_the_emulated_one(paths, check):
     try:
         getattr(paths, check)(EmulatedDevice())
