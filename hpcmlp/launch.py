@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,6 +19,10 @@ YIELD_VARIABLES = {"MPIR_CVAR_ENABLE_HEAVY_YIELD": "1", "OMPI_MCA_mpi_yield_when
 # PMI_SIZE stands before SLURM: under mpiexec inside an allocation the step variables count the launcher's daemons.
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+# What a launcher tells a rank of its world. Settings of the library stay: of Open MPI's OMPI_MCA_ only those that
+# mpirun of Open MPI 4 sets, with which no process of its own can open MPI.
+LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM", "OMPI_MCA_ess", "OMPI_MCA_orte", "OMPI_MCA_pmix", "PRTE_", "HYDRA_",
+                     "HYDI_", "MPI_LOCAL", "SLURM_")
 LOCAL_SIZE_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 LOCAL_RANK_VARIABLES = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 # What MPI_Init takes of /dev/shm for each rank of a node: 1.05 MB for MPICH's queues, 0.04 for UCX's. With less it
@@ -155,6 +160,11 @@ def launcher_size(environ: dict[str, str]) -> tuple[int | None, str]:
                 continue
         return int(value), name
     return None, ""
+
+
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for a child process that is no rank of this one's world. Local."""
+    return {name: value for name, value in environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
 
 
 def launcher_rank() -> int:

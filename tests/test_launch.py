@@ -54,6 +54,15 @@ def test_threads_follow_the_share_unless_the_user_has_set_them():
     assert "NumPy was loaded" in launch.choose_threads({}, 8.0, numpy_loaded=True)[1]
 
 
+def test_a_child_is_no_rank_but_has_the_settings_of_the_library():
+    """The launcher's: of MPICH, of Open MPI 5, and of Open MPI 4, whose mpirun forbids processes of their own."""
+    told = ("PMI_RANK", "PMI_FD", "MPI_LOCALNRANKS", "HYDI_CONTROL_FD", "PMIX_RANK", "PRTE_LAUNCHED", "SLURM_PROCID",
+            "OMPI_COMM_WORLD_RANK", "OMPI_MCA_ess", "OMPI_MCA_ess_base_vpid", "OMPI_MCA_pmix", "OMPI_MCA_orte_hnp_uri")
+    kept = {"PATH": "/bin", "OMPI_MCA_opal_cuda_support": "1", "OMPI_MCA_osc": "^ucx", "MPICH_GPU_SUPPORT_ENABLED": "1",
+            "MPIR_CVAR_ENABLE_GPU": "1", "MPI4PY_LIBMPI": "libmpi.so"}
+    assert launch.without_launcher(dict.fromkeys(told, "1") | kept) == kept
+
+
 SLURM_STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"}
 
 

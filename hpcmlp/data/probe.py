@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 
 from hpcmlp.errors import DataError
+from hpcmlp.launch import without_launcher
 
 _START_CPU_S = 10
 _FILE_CPU_S = 5
 _MEMORY_BYTES = 4 << 30
 _WALL_FACTOR = 10                                      # of the processor time, on a slow file system
-_LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL")
 
 
 def probe(paths: Sequence[str | os.PathLike]) -> None:
@@ -27,11 +27,11 @@ def probe(paths: Sequence[str | os.PathLike]) -> None:
         return
     import subprocess
     cpu_s = _START_CPU_S + _FILE_CPU_S * len(paths)
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
     told = b"\0".join(map(os.fsencode, [str(cpu_s), *map(os.path.abspath, paths)]))
     try:
         done = subprocess.run([sys.executable, "-P", "-m", "hpcmlp.data.probe"], stdout=subprocess.PIPE,
-                              input=told, stderr=subprocess.DEVNULL, env=environ, timeout=_WALL_FACTOR * cpu_s)
+                              input=told, stderr=subprocess.DEVNULL, env=without_launcher(os.environ),
+                              timeout=_WALL_FACTOR * cpu_s)
         code, told = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
         code, told = None, error.stdout or b""

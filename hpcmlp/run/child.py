@@ -4,17 +4,18 @@ import os
 import subprocess
 import sys
 
-LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_COMM", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "SLURM_")
+from hpcmlp.launch import without_launcher
+
 PATIENCE_S = 60
 
 
 def run_child(code: str, patience_s: float = PATIENCE_S) -> tuple[int, str]:
     """Run Python code in a process without this one's launcher; return its exit code (124: too slow) and output. Local.
     """
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
     try:
-        done = subprocess.run([sys.executable, "-c", code], env=environ, stdin=subprocess.DEVNULL, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=patience_s, errors="replace")
+        done = subprocess.run([sys.executable, "-c", code], env=without_launcher(os.environ), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=patience_s, text=True,
+                              errors="replace")
     except subprocess.TimeoutExpired:
         return 124, f"no answer in {patience_s:g} s"
     return done.returncode, done.stdout
