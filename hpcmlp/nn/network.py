@@ -182,8 +182,8 @@ class Network:
     Notes
     -----
     `forward` keeps a reference to `x` and hands out views of its own buffers: the caller leaves `x` alone until
-    `backward` has returned, and has the logits until the next `forward`. Buffers for backward are made at the first
-    backward, so a network that only predicts never pays for them.
+    `backward` has returned, or `forget`, and has the logits until the next `forward`. Buffers for backward are made at
+    the first backward, so a network that only predicts never pays for them.
     """
 
     def __init__(self, spec: NetworkSpec, ops: Any, max_rows: int, params: Any = None, grads: Any = None,
@@ -359,6 +359,10 @@ class Network:
             if on_layer is not None:
                 on_layer(layer)
         return x
+
+    def forget(self) -> None:
+        """Drop the reference to the last input: it need not stay any longer, and no backward follows. Local."""
+        self._x = None
 
     def entries(self) -> list[int]:
         """Return the layers in the order in which a forward and its backward enter them. Local."""

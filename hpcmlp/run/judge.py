@@ -60,8 +60,10 @@ class Judge:
             from hpcmlp.run.together import Entered, InTurns  # only where layers are gathered
             turns = InTurns(loader, network.max_rows)
             with p.strategy.showing(flat):
-                return evaluate_split(Entered(network, p.strategy, turns.count), p.ops, p.loss, turns, p.comm,
-                                      p.manifest, full=False)
+                found = evaluate_split(Entered(network, p.strategy, turns.count), p.ops, p.loss, turns, p.comm,
+                                       p.manifest, full=False)
+            network.forget()
+            return found
         if p.on_device or flat is not network.params:
             if self._network is None:
                 self._network = self._open()
@@ -70,7 +72,10 @@ class Judge:
                 network.set_params(network.layout.pack(p.network.layout.views(flat)))
             else:
                 p.ops.from_host(flat, network.params)
-        return evaluate_split(network, p.ops, p.loss, loader, p.comm, p.manifest, full=False)
+        found = evaluate_split(network, p.ops, p.loss, loader, p.comm, p.manifest, full=False)
+        if not p.on_device:
+            network.forget()    # the samples' buffer, which training has no use for
+        return found
 
     def _open(self) -> Any:
         p = self._parts

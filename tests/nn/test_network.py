@@ -2,6 +2,7 @@
 
 import itertools
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -377,3 +378,13 @@ def held_numbers(net):
 def test_a_shallow_network_has_nothing_to_recompute():
     assert NetworkSpec((784, 256, 128, 10)).segments(False) == [0, 3]
     assert len(NetworkSpec((784, *[512] * 15, 10)).segments(False)) - 1 in (3, 4, 5)
+
+
+def test_an_input_goes_when_the_network_is_told_to_forget_it():
+    net, x = random_network(NetworkSpec((4, 50, 2)), OPS["host"], 6), np.ones((6, 4))
+    seen = weakref.ref(x)
+    net.forward(x)
+    del x
+    assert seen() is not None
+    net.forget()
+    assert seen() is None

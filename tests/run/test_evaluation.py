@@ -1,7 +1,9 @@
 """Evaluation uses every sample once and gives one result at any number of ranks, empty ranks included."""
 
 import math
+import weakref
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,3 +209,27 @@ def test_scores_beyond_the_limit_leave_the_auc_out_and_say_so(comm, monkeypatch)
     monkeypatch.setattr("hpcmlp.run.roc.SCORE_LIMIT_BYTES", 8)
     result = evaluate("classes", 80, comm)[0]
     assert math.isnan(result["auc"]) and "left out" in result["auc_note"] and "auc" not in result["classes"]["a"]
+
+
+def test_nothing_of_a_validation_stays_in_memory(monkeypatch):
+    """The network in training is the one that is judged: it must not keep the samples' buffer until the next step."""
+    from hpcmlp.run import evaluation
+    from hpcmlp.run.judge import Judge
+    facts, loss, _ = CASES["classes"]
+    x, y, _ = samples(facts, 40)
+    network = Network(NetworkSpec((6, 8, 3)), HostOps(), 16)
+    buffers = []
+
+    class Watched(evaluation.Inputs):
+        def __init__(self, *given):
+            super().__init__(*given)
+            memory = self._x
+            while isinstance(memory.base, np.ndarray):
+                memory = memory.base
+            buffers.append(weakref.ref(memory))
+
+    monkeypatch.setattr(evaluation, "Inputs", Watched)
+    parts = SimpleNamespace(network=network, ops=network.ops, loss=loss, comm=MPI.COMM_SELF, manifest=facts,
+                            sharded=False, on_device=None)
+    found = Judge(parts, "loss").evaluate(Rows(x, y, None, MPI.COMM_SELF), network.params)
+    assert found["rows"] == 40 and len(buffers) == 1 and buffers[0]() is None
