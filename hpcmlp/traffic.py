@@ -22,6 +22,16 @@ SCALE_BLOCK = 256   # int8: values with one float32 scale
 WORD_BINS = 4       # float64 that one control word takes among more than two ranks, so that its sum is exact
 
 
+def segment_bytes(one_node: bool, by_layer: bool = False) -> int:
+    """Return the bytes of one message of a ring, at most. Local.
+
+    one_node : whether its ranks share a node. by_layer : whether layers come and go, and each has buffers of its own.
+    """
+    if by_layer:
+        return LAYER_SEGMENT_BYTES
+    return SEGMENT_BYTES if one_node else CROSS_SEGMENT_BYTES
+
+
 def small_limit(size: int, one_node: bool = False) -> int:
     """Return the bytes up to which an all-reduce is better one call of MPI than a way around the ring. Local.
 

@@ -11,14 +11,7 @@ from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import Shared, SharedUnavailable
 from hpcmlp.comm.topology import Topology
 from hpcmlp.errors import ConfigError
-from hpcmlp.traffic import (
-    CROSS_SEGMENT_BYTES,
-    DEVICE_SEGMENT_BYTES,
-    LAYER_SEGMENT_BYTES,
-    SEGMENT_BYTES,
-    check_wire,
-    small_limit,
-)
+from hpcmlp.traffic import DEVICE_SEGMENT_BYTES, check_wire, segment_bytes, small_limit
 
 COLLECTIVES = ("ring", "shared", "native")    # those that need no further choice
 
@@ -119,8 +112,8 @@ def make_ring(comm: Any, wire: str = "float32", **options: Any) -> Ring:
 
 def _ring_of_all(topology: Topology, wire: str = "float32", by_layer: bool = False) -> Ring:
     one_node = topology.num_nodes == 1
-    segment_bytes = LAYER_SEGMENT_BYTES if by_layer else SEGMENT_BYTES if one_node else CROSS_SEGMENT_BYTES
-    return make_ring(topology.comm, wire, small_bytes=small_limit(topology.size, one_node), segment_bytes=segment_bytes)
+    return make_ring(topology.comm, wire, small_bytes=small_limit(topology.size, one_node),
+                     segment_bytes=segment_bytes(one_node, by_layer))
 
 
 def rule(topology: Topology, wire: str = "float32") -> tuple[str | None, str]:
@@ -194,7 +187,7 @@ def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool
     if wire != "float32" and (topology.size == 1 or name == "shared" and topology.num_nodes == 1):
         note, wire = _idle(wire, "there is one rank" if topology.size == 1 else "all ranks share one node"), "float32"
     if name == "shared":
-        collective: Collective = Shared(topology, partial(make_ring, wire=wire, segment_bytes=CROSS_SEGMENT_BYTES))
+        collective: Collective = Shared(topology, partial(make_ring, wire=wire, segment_bytes=segment_bytes(False)))
     elif name == "server":
         from hpcmlp.comm.served import Served  # few runs want it
         collective = Served(topology.comm, servers)

@@ -13,15 +13,14 @@ from hpcmlp import traffic
 from hpcmlp.data.order import Order
 from hpcmlp.nn.network import EVALUATION_ROWS
 from hpcmlp.ops.activations import NEEDS_PRE
+from hpcmlp.plan.machine import Process
 from hpcmlp.plan.record import Op, Recording, Transfer, meeting
 from hpcmlp.plan.workload import Workload
 from hpcmlp.sync.buckets import part_bounds
 from hpcmlp.sync.memory import buffer_elements
 
-# Where no machine file says it: bytes of a rank without arrays (interpreter, libraries, MPI), of code that the ranks of
-# a node share, and of the BLAS's buffer for each row of the tallest product, up to BLAS_MOST_ROWS.
-PROCESS_BYTES = (35e6, 25e6, 1.5e3)
-BLAS_MOST_ROWS = 16384
+# Where no machine file says it: as measured with the wheels of MPICH, NumPy (OpenBLAS, AVX-512) and h5py.
+PROCESS = Process(own=35e6, code=40e6, row_bytes=1792, block_rows=448)
 # float32 that an operation reads and writes for each element of its main array; others 2.
 MOVED = {"adam": 7, "momentum": 5, "rmsprop": 5, "finite": 1, "sum_squares": 1, "column_sum": 1, "checksum": 1,
          "add": 3, "ema": 3, "dropout": 2, "relu_backward": 3, "gelu_backward": 3}
@@ -31,8 +30,8 @@ MOVED = {"adam": 7, "momentum": 5, "rmsprop": 5, "finite": 1, "sum_squares": 1, 
 class Memory:
     """Bytes: `rank`, by part, of the rank that holds most; `node`, of all ranks of a node; and for a moment more.
 
-    `copy` is what rank 0 keeps for saving, counted in the first node's `node`; `moment` is what the final evaluation
-    adds there while it lasts.
+    `copy` is what rank 0 keeps for saving, counted in the first node's `node`; `moment` is what validation, or the
+    final evaluation, adds there while it lasts.
     """
 
     rank: dict[str, int]
@@ -67,21 +66,19 @@ def moved_bytes(recording: Recording) -> int:
     return total
 
 
-def memory(w: Workload, recording: Recording, process: tuple[float, float, float] | None = None) -> Memory:
+def memory(w: Workload, recording: Recording, process: Process | None = None) -> Memory:
     """Return the memory of `w`, whose step was recorded. Local.
 
-    process : what ranks hold before they make their arrays (`Machine.process`), None: PROCESS_BYTES.
+    process : what ranks hold beside their arrays (`Machine.process`), None: PROCESS.
     """
-    own, common_code, panel = PROCESS_BYTES if process is None else process
-    tallest = max((max(e.product[0], e.product[2]) for e in recording.events if isinstance(e, Op) and e.product),
-                  default=0)
+    process = PROCESS if process is None else process
     flat = recording.held["parameters"]
     local = min(w.ranks, w.ranks_per_node)
     owned = flat if w.whole else -(-flat // w.ranks)
     shared = w.sync == "shared" and not w.full_update
     rank = {"parameters": flat, "gradients": flat, "optimizer": recording.held.get("optimizer", 0),
             "activations": _activations(w, recording), "data": data_bytes(w), "messages": _messages(w, recording),
-            "process": int(own + panel * min(BLAS_MOST_ROWS, tallest))}
+            "process": process.own + _blas_bytes(w, recording, process)}
     if w.rows[1]:
         rank["best state"] = owned
     if w.is_local:
@@ -93,12 +90,49 @@ def memory(w: Workload, recording: Recording, process: tuple[float, float, float
         buffers = 4 * sum(buffer_elements(w.spec))
         rank |= {"parameters": owned, "gradients": owned, "gathered layers": buffers, "gradients of layers": buffers}
         common = buffers if shared else 0
-    node = local * (sum(rank.values()) - common) + common + common_code
-    evaluation = flat + 4 * min(EVALUATION_ROWS, max(w.rows[1:])) * sum(w.spec.sizes[1:]) if any(w.rows[1:]) else 0
-    copy = flat * (1 + state_vectors(w) + w.ema + bool(w.rows[1]) + w.is_local * w.outer)
-    if w.sharded:       # saved array by array, evaluated through the same network
-        copy = evaluation = 0
-    return Memory({name: int(value) for name, value in rank.items() if value}, int(node + copy), copy, int(evaluation))
+    elif w.rows[1] and w.ema:
+        rank["averaged network"] = flat + _evaluating(w)
+    node = local * (sum(rank.values()) - common) + common + process.code
+    # Saved array by array where parameters are in slices.
+    copy = 0 if w.sharded else flat * (1 + state_vectors(w) + w.ema + bool(w.rows[1]) + w.is_local * w.outer)
+    return Memory({name: int(value) for name, value in rank.items() if value}, int(node + copy), copy,
+                  int(local * _moment(w, flat)))
+
+
+def _evaluation_rows(w: Workload, split: int) -> int:
+    """Samples of split 1 (val) or 2 (test) that a rank takes through a network at once."""
+    return min(EVALUATION_ROWS, -(-w.rows[split] // w.ranks))
+
+
+def _evaluating(w: Workload) -> int:
+    """Activations of a network for evaluation alone: of parameters that are not those in training."""
+    return 4 * max(_evaluation_rows(w, 1), _evaluation_rows(w, 2)) * sum(w.spec.sizes[1:])
+
+
+def _moment(w: Workload, flat: int) -> int:
+    """What a rank adds while it evaluates: samples, and copies of the parameters to be judged with their network."""
+    ends = w.spec.sizes[0] + w.spec.sizes[-1]
+    validation, test = (4 * _evaluation_rows(w, split) * ends if w.rows[split] else 0 for split in (1, 2))
+    test += -(-w.rows[2] // w.ranks) * w.row_bytes
+    if w.sharded or not (w.rows[1] or w.ema):   # the network in training is the one that is judged
+        return max(validation, test)
+    if w.ema and w.rows[1]:     # its network is there since the first validation
+        return flat + max(validation, test)
+    return max(validation, flat + (flat + _evaluating(w) + test if w.rows[2] else 0))
+
+
+def _blas_bytes(w: Workload, recording: Recording, process: Process) -> float:
+    """The BLAS's buffers as the products of a step and of a validation leave them."""
+    products = [_as_blas(event) for event in recording.events if isinstance(event, Op) and event.product]
+    if rows := _evaluation_rows(w, 1):
+        products += [(rows, k, n) for k, n in zip(w.spec.sizes, w.spec.sizes[1:], strict=False)]
+    return process.blas_bytes(products)
+
+
+def _as_blas(op: Op) -> tuple[int, int, int]:
+    """Rows of a product's result, terms of a sum, columns of the result."""
+    m, k, n = op.product
+    return {"forward": (m, k, n), "weight": (n, m, k), "input": (m, n, k)}[op.name]
 
 
 def state_vectors(w: Workload) -> int:
@@ -108,14 +142,14 @@ def state_vectors(w: Workload) -> int:
 
 
 def _activations(w: Workload, recording: Recording) -> int:
-    """Buffers as far as they are used: those of backward only by the rows of a training batch."""
+    """Buffers as far as they are used: by the rows of a training batch or of a validation, in backward of the first."""
     micro = -(-w.local_rows // w.accumulate)
     used = recording.held.get("backward", 0) * micro / max(1, w.network_rows)
-    kept = recording.held.get("activations", 0)
+    kept = recording.held.get("activations", 0) * max(micro, _evaluation_rows(w, 1)) / max(1, w.network_rows)
     if w.recompute:
         needs_pre = w.spec.activation in NEEDS_PRE
         kept *= w.spec.kept_activations(needs_pre, w.spec.segments(needs_pre)) / w.spec.kept_activations(needs_pre)
-    return int(kept + used)
+    return int(kept + used + recording.held.get("input", 0))
 
 
 def data_bytes(w: Workload) -> int:
@@ -138,13 +172,14 @@ def _messages(w: Workload, recording: Recording) -> int:
         return 0
     if w.sharded:       # two segments for each shape of a layer in each of two buffers
         shapes = {(number % 2, stop - start) for number, (start, stop) in enumerate(w.spec.layer_spans())}
-        return sum(2 * min(traffic.LAYER_SEGMENT_BYTES, 4 * -(-length // w.ranks)) for _, length in shapes)
+        segment = traffic.segment_bytes(w.nodes == 1, by_layer=True)
+        return sum(2 * min(segment, 4 * -(-length // w.ranks)) for _, length in shapes)
     flat = recording.held["parameters"]
     share = flat // min(w.ranks, w.ranks_per_node) if w.sync == "shared" else flat
-    buffers = 0
+    buffers, segment = 0, traffic.segment_bytes(w.nodes == 1)
     for bucket in recording.planned.buckets:
         part = int(max(bucket.bounds[1:] - bucket.bounds[:-1]))
-        buffers += 2 * min(traffic.SEGMENT_BYTES, 4 * part)
+        buffers += 2 * min(segment, 4 * part)
     if w.wire != "float32":
         narrow = traffic.part_bytes(share // 4, w.wire)
         buffers += share + flat // w.ranks + narrow * (size - 1) // size + narrow

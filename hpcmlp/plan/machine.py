@@ -9,6 +9,7 @@ import json
 import math
 import os
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -28,6 +29,44 @@ LIKE = {"bias_leaky_relu": "bias_relu", "leaky_relu_backward": "relu_backward", 
         **{f"{kind}_backward": "gelu_backward" for kind in ("silu", "elu", "selu", "tanh", "sigmoid", "softplus")}}
 
 Table = list[list[float]]    # [size, seconds], ascending sizes
+BLAS_MOST_ROWS = 16384       # of a panel, about
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a rank holds beside its arrays.
+
+    Attributes
+    ----------
+    own, code : bytes of a rank (interpreter, modules, MPI), and of the code that a node's ranks have in common.
+    row_bytes, block_rows : of the BLAS's own buffers, see `blas_bytes`.
+    """
+
+    own: float
+    code: float
+    row_bytes: float = 0.0
+    block_rows: float = 0.0
+
+    def blas_bytes(self, products: Iterable[tuple[int, int, int]]) -> float:
+        """Return the bytes into which the BLAS copies operands of `products`, and which it keeps.
+
+        Local. A product is (m, k, n): an (m, n) result, sums over k. After K. Goto, R. van de Geijn, "Anatomy of
+        high-performance matrix multiplication", ACM Trans. Math. Softw. 34 (2008), as OpenBLAS has it: sums are cut to
+        `row_bytes` / 4 terms; copied are a block of one operand, of `block_rows` columns of the result, and, where
+        there are more columns, of the other operand all rows of the result.
+        """
+        block = panel = 0.0
+        for m, k, n in products:
+            depth = 4 * _cut(k, self.row_bytes / 4)
+            block = max(block, depth * _cut(n, self.block_rows))
+            if n > self.block_rows:
+                panel = max(panel, depth * min(m, BLAS_MOST_ROWS))
+        return block + panel
+
+
+def _cut(size: int, most: float) -> float:
+    """The longest piece of `size` in pieces of `most`; what is not twice as long is cut into halves."""
+    return size if size <= most else -(-size // 2) if size < 2 * most else most
 
 
 @dataclass(frozen=True)
@@ -50,8 +89,8 @@ class Machine:
         Empty where one rank was measured.
     input_s, row_s : of fetching a batch, and of each of its rows.
     start_s : until the first step. read_s_per_byte, write_s_per_byte : of the file system.
-    process_bytes, shared_bytes : what a rank holds before it makes its arrays: alone, and in common with the node's
-        others (code of libraries). panel_bytes : of the BLAS's own buffer, for each row of the tallest product.
+    process_bytes, shared_bytes : what a rank holds beside its arrays: alone, and in common with the node's others (code
+        of libraries). panel_bytes, block_rows : of the BLAS's own buffers (`Process.row_bytes`, `Process.block_rows`).
     watts : power per core (or GPU) in use, None where nobody said.
     """
 
@@ -75,6 +114,7 @@ class Machine:
     process_bytes: float = 0.0
     shared_bytes: float = 0.0
     panel_bytes: float = 0.0
+    block_rows: float = 0.0
     watts: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)     # versions and what else a reader may want; not used
 
@@ -116,9 +156,10 @@ class Machine:
         return look_up((self.node if level == "node" else self.net)[table], num_bytes)
 
     @property
-    def process(self) -> tuple[float, float, float] | None:
-        """What ranks hold before they make their arrays, as `demand.memory` takes it; None where it is not known."""
-        return (self.process_bytes, self.shared_bytes, self.panel_bytes) if self.process_bytes else None
+    def process(self) -> Process | None:
+        """What ranks hold beside their arrays, as `demand.memory` takes it; None where it is not known."""
+        return Process(self.process_bytes, self.shared_bytes, self.panel_bytes, self.block_rows) \
+            if self.process_bytes else None
 
     @property
     def links(self) -> tuple[float, float] | None:

@@ -65,9 +65,10 @@ def _inference(w: Workload, machine: Machine | None) -> dict[str, Any]:
     """What using the model needs: on one rank, rows as `predict` takes them."""
     _, params = demand.count_params(w)
     rows = INFERENCE_ROWS
-    process = sum((machine and machine.process or demand.PROCESS_BYTES)[:2])
+    process = machine and machine.process or demand.PROCESS
+    held = 4 * params + 4 * rows * sum(w.spec.sizes) + process.own + process.code
     values: dict[str, Any] = {"flops_per_sample": demand.forward_flops(w), "model_bytes": 4 * params,
-                              "memory_bytes": int(4 * params + 4 * rows * sum(w.spec.sizes) + process)}
+                              "memory_bytes": int(held)}
     if machine is not None:
         alone = scaling.on_ranks(w, 1, 1, rows)
         seconds = evaluation_s(alone, machine, rows)

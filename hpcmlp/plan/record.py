@@ -321,7 +321,7 @@ def record(workload: Workload, rank: int = 0, links: tuple[float, float] | None 
         if w.ema:
             ops.zeros((optimizer.size,), np.float32)
     rows = w.local_rows
-    with ops.part("activations"):
+    with ops.part("input"):
         step = Step(network, _Loss(w.loss), optimizer, strategy, ops, rows=rows, micro_batches=w.accumulate,
                     clip_norm=w.clip_norm)
     with ops.part("backward"):      # what the first backward pass makes

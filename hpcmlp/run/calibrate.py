@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import cycle
 from typing import Any
 
@@ -29,10 +29,10 @@ from hpcmlp.nn.network import Network, NetworkSpec
 from hpcmlp.nn.optimizers import make_optimizer
 from hpcmlp.ops import open_ops
 from hpcmlp.plan.events import step_time
-from hpcmlp.plan.machine import Machine
+from hpcmlp.plan.machine import Machine, Process
 from hpcmlp.plan.workload import Workload
 from hpcmlp.run.io_rates import forget
-from hpcmlp.run.memory import private_bytes, resident_bytes
+from hpcmlp.run.memory import held_bytes
 from hpcmlp.sync import make_strategy, plan
 from hpcmlp.sync.step import Step
 from hpcmlp.traffic import small_limit
@@ -40,7 +40,7 @@ from hpcmlp.traffic import small_limit
 ROWS = (16, 64, 256, 1024, 4096)
 # Rows a power of two apart fall on the same lines of a cache: at 1024 small products can have half the rate of 720.
 WIDTHS = (10, 64, 256, 720, 1024, 4096)
-BLAS_ROWS = (512, 4096)
+BLAS_ROWS, BLAS_WIDTH = (16, 4096), 1024    # of products that show the BLAS's buffers
 MOST_ELEMENTS = 4096 * 4096     # of one matrix
 MOST_FLOPS = 2.2e9      # of one product: larger ones are cut, longest side first, and taken to have the same rate
 ELEMENTS = tuple(256 * n for n in (1, 8, 66, 528, 2112, 8448, 33792))   # no high powers of two, for the same reason
@@ -66,7 +66,7 @@ class Calibration:
         self.rounds = rounds
         self.topology, self.comm, self.threads, self.directory = topology, topology.comm, threads, directory
         self.ops = open_ops("cpu")
-        self.held = tuple(self._mean(value) for value in process_bytes(self.ops))
+        self.process = Process(*(self._mean(value) for value in asdict(self._process()).values()))
 
     def run(self, name: str, source: str, watts: float | None, facts: dict[str, Any]) -> Machine:
         """Return the machine. Collective."""
@@ -83,8 +83,9 @@ class Calibration:
                 into[str(count)] = _medians(values)
         read, write = self._files()
         machine = replace(machine, products=products, ops=ops, node=self._node(), net=self._net(),
-                          read_s_per_byte=read, write_s_per_byte=write, process_bytes=self.held[0],
-                          shared_bytes=self.held[1], panel_bytes=self.held[2])
+                          read_s_per_byte=read, write_s_per_byte=write, process_bytes=self.process.own,
+                          shared_bytes=self.process.code, panel_bytes=self.process.row_bytes,
+                          block_rows=self.process.block_rows)
         input_s, row_s = self._input()
         machine = replace(machine, input_s=input_s, row_s=row_s, late_s=self._lateness())
         step_s = {"1": self._left_over(machine, together=False)}
@@ -117,6 +118,20 @@ class Calibration:
         total = np.array([value])
         messages.sum_in_place(self.comm, total)
         return float(total[0]) / self.topology.size
+
+    # ---- what a rank holds
+
+    def _process(self) -> Process:
+        """What a rank holds that has done all that training does, but for its arrays. Collective.
+
+        Modules, HDF5 and MPI take theirs when they are used: so samples are read and steps taken before.
+        """
+        grown, row_bytes, block_rows = blas_buffers(self.ops)
+        from hpcmlp.run import checkpoint, evaluation, forecast, judge  # noqa: F401  and all that they bring
+        self._input()
+        self._small_step_s(together=True)
+        own, code = held_bytes()
+        return Process(own - grown, code, row_bytes, block_rows)
 
     # ---- one rank
 
@@ -374,6 +389,16 @@ class Calibration:
 
     def _left_over(self, machine: Machine, together: bool) -> float:
         """Seconds of a small real step, of a rank alone or of all of a node together, beside what is in the tables."""
+        seconds = self._small_step_s(together)
+        if self.topology.rank:
+            return 0.0      # rank 0's machine is the one that is kept
+        size = self.topology.local_size if together else 1
+        w = Workload(NetworkSpec(SMALL), size, size, SMALL_ROWS * size, optimizer="adam", sync="ring")
+        bare = replace(machine, step_s=dict.fromkeys(("1", str(machine.busy)), 0.0), input_s=0.0, row_s=0.0)
+        return max(0.0, seconds - step_time(w, bare).step_s)
+
+    def _small_step_s(self, together: bool) -> float:
+        """Median seconds of a small real step, the mean over the ranks."""
         t, spec, rows = self.topology, NetworkSpec(SMALL), SMALL_ROWS
         size = t.local_size if together else 1
         own = t.node.Split(0 if together else t.local_rank, t.local_rank)
@@ -396,11 +421,7 @@ class Calibration:
         seconds = self._mean(float(np.median(taken[20:])))
         ring.free()
         own.Free()
-        if self.topology.rank:
-            return 0.0      # rank 0's machine is the one that is kept
-        w = Workload(spec, size, size, rows * size, optimizer="adam", sync="ring")
-        bare = replace(machine, step_s=dict.fromkeys(("1", str(machine.busy)), 0.0), input_s=0.0, row_s=0.0)
-        return max(0.0, seconds - step_time(w, bare).step_s)
+        return seconds
 
 
 ROWS_OF_SOURCE, SOURCE_WIDTH = 8192, 512
@@ -458,20 +479,22 @@ def timed(action: Callable[[], Any], enough_s: float = ENOUGH_S) -> float:
     return sorted(taken)[len(taken) // 2]
 
 
-def process_bytes(ops: Any) -> tuple[float, float, float]:
-    """Return what a rank holds that has loaded all that training loads: alone, with shared code in full, per BLAS row.
+def blas_buffers(ops: Any) -> tuple[float, float, float]:
+    """Return by how much the BLAS's buffers have grown here, and `Process.row_bytes` and `Process.block_rows`.
 
-    Local. The BLAS keeps buffers of its own, as tall as the tallest result that it has made.
+    Local. To be called before any larger product: what has been used is kept.
     """
-    from hpcmlp.run import checkpoint  # noqa: F401  brings HDF5, which training has used by then
-    held = []
-    for rows in BLAS_ROWS:
-        x, w = np.ones((rows, 512), np.float32), np.ones((512, 512), np.float32)
+    def product(rows: int, width: int) -> int:
+        x, w = np.ones((rows, width), np.float32), np.ones((width, width), np.float32)
         ops.linear(x, w, None, np.empty_like(x))
         del x, w
-        held.append(private_bytes())
-    panel = max(0.0, (held[1] - held[0]) / (BLAS_ROWS[1] - BLAS_ROWS[0]))
-    return held[0] - panel * BLAS_ROWS[0], resident_bytes() - held[1], panel
+        return held_bytes()[0]
+
+    begin = product(8, 8)
+    low, high = (product(rows, BLAS_WIDTH) for rows in BLAS_ROWS)
+    row_bytes = max(0.0, (high - low) / (BLAS_ROWS[1] - BLAS_ROWS[0]))
+    block_rows = max(0.0, (low - begin) / row_bytes - BLAS_ROWS[0]) if row_bytes else 0.0
+    return high - begin, row_bytes, block_rows
 
 
 def node_cores() -> int:

@@ -43,17 +43,18 @@ class Forecast:
 
         Collective. parts_s : what a step spent on what (`Account.median_parts_s`).
         """
-        from hpcmlp.run.memory import pss_bytes  # at the end
+        from hpcmlp.run.memory import held_bytes  # at the end
         p = self.parts
-        held = np.array([float(pss_bytes())])
-        messages.sum_in_place(p.topology.node, held)
+        own, code = (np.array([float(value)]) for value in held_bytes())
+        messages.sum_in_place(p.topology.node, own)
+        messages.max_in_place(p.topology.node, code)
         if self.outlook is None:
             return None
         from hpcmlp.plan.compare import compare
         # What is foretold is the mean over a round of local steps, and a server's counter leaves the words out.
         alike = not p.local and p.exchange.name != "server"
         measured = {"step_s": account.median_step_s or None, "parts_s": parts_s,
-                    "memory_bytes_per_node": float(held[0]) or None,
+                    "memory_bytes_per_node": float(own[0] + code[0]) or None,
                     "sent_bytes_per_rank_and_step": account.bytes_sent if alike else None}
         names = ("flops_per_step", "flops_per_run", "memory_parts", "step_parts_s", "run_s", "bound", "machine")
         return {**{name: self.outlook[name] for name in names if name in self.outlook},

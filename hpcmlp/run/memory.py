@@ -1,37 +1,24 @@
 """What this process holds of the node's memory, as the kernel counts it."""
 
 
-def pss_bytes() -> int:
-    """Return this process's proportional share of memory, bytes; 0 where the kernel does not tell.
+def held_bytes() -> tuple[int, int]:
+    """Return the bytes that this process holds: its own, and of files that it has mapped; 0 where nobody tells.
 
-    Local. A page that k processes share counts as 1/k in each, so the sum over a node's ranks is what they hold. What
-    has been freed and the allocator has kept for later is given back first.
+    Local. A page of memory that k processes share counts as 1/k in each, so that the sum over a node's ranks is what
+    they hold. Files are the code of programs and libraries, which a node holds once, so that over its ranks the most
+    counts, not the sum. The kernel would share them out, too, but among all that run on the machine: another user's
+    processes, or the ranks of what is another node to MPI only. What has been freed and the allocator has kept for
+    later is given back first.
     """
     trim()
     try:
         with open("/proc/self/smaps_rollup", encoding="ascii") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("Pss:"))
-    except (OSError, StopIteration):
-        return 0
-
-
-def private_bytes() -> int:
-    """Return this process's memory that no other process shares, bytes; 0 where the kernel does not tell. Local."""
-    trim()
-    try:
-        with open("/proc/self/smaps_rollup", encoding="ascii") as file:
-            return sum(1024 * int(line.split()[1]) for line in file if line.startswith("Private_"))
-    except OSError:
-        return 0
-
-
-def resident_bytes() -> int:
-    """Return this process's resident memory, shared pages in full, bytes; 0 where the kernel does not tell. Local."""
-    try:
-        with open("/proc/self/smaps_rollup", encoding="ascii") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("Rss:"))
-    except (OSError, StopIteration):
-        return 0
+            share = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in file if line.startswith("Pss")}
+        with open("/proc/self/status", encoding="ascii") as file:
+            files = next(1024 * int(line.split()[1]) for line in file if line.startswith("RssFile:"))
+        return share["Pss"] - share["Pss_File"], files
+    except (OSError, KeyError, StopIteration):
+        return 0, 0
 
 
 def trim() -> None:

@@ -6,9 +6,12 @@ import pytest
 from hpcmlp import traffic
 from hpcmlp.nn.network import NetworkSpec
 from hpcmlp.plan import demand
+from hpcmlp.plan.machine import Process
 from hpcmlp.plan.record import record
 from hpcmlp.plan.workload import Workload
 from hpcmlp.sync.memory import state_bytes
+
+NOTHING = Process(0.0, 0.0)
 
 
 def test_parameters_of_the_articles_example(workload):
@@ -19,7 +22,7 @@ def test_parameters_of_the_articles_example(workload):
 def test_memory_by_hand(workload):
     """One hidden layer whose tensors need no padding: 32 x 16 + 16 and 16 x 16 + 16 parameters of 4 bytes."""
     w = workload((32, 16, 16), ranks=2, batch=20, sync="shared", rows=(100, 0, 0), row_bytes=32 * 4 + 4)
-    found = demand.memory(w, record(w), process=(1000, 300, 0))
+    found = demand.memory(w, record(w), Process(1000, 300))
     flat = 4 * (32 * 16 + 16 + 16 * 16 + 16)
     # 10 samples a rank: inputs, activations and logits, gradient of the logits, and one buffer of gradients behind.
     activations = 4 * 10 * (32 + 16 + 16 + 16 + 16)
@@ -32,7 +35,7 @@ def test_memory_by_hand(workload):
 def test_ring_and_full_update_hold_more_than_shared_memory(workload):
     def node(**options):
         w = workload((256, 512, 10), ranks=4, batch=64, **options)
-        return demand.memory(w, record(w), (0, 0, 0)).node
+        return demand.memory(w, record(w), NOTHING).node
 
     flat = 4 * workload((256, 512, 10)).spec.layout().size
     assert node(sync="ring") - node(sync="shared") >= 3 * flat
@@ -43,14 +46,14 @@ def test_ring_and_full_update_hold_more_than_shared_memory(workload):
 def test_slices_hold_what_a_sharded_run_was_measured_to_hold(workload, sync, common):
     """`state_bytes` is compared with running ranks in tests/sync/test_memory.py."""
     w = workload((784, *[512] * 6, 10), ranks=4, per_node=4, batch=64, sync=sync, sharded=True)
-    found = demand.memory(w, record(w), (0, 0, 0))
+    found = demand.memory(w, record(w), NOTHING)
     kept = ("parameters", "gradients", "optimizer", "gathered layers", "gradients of layers")
     held = sum(found.rank[name] for name in kept)
     if sync == "shared":
         held -= found.rank["gathered layers"] * (1 - 1 / common)
     assert held == pytest.approx(state_bytes(w.spec, 2, 4, sharded=True, common=common), rel=0.01)
     assert found.copy == found.moment == 0      # saved and evaluated layer by layer
-    one = demand.memory(workload((784, *[512] * 6, 10), batch=64), record(w), (0, 0, 0))
+    one = demand.memory(workload((784, *[512] * 6, 10), batch=64), record(w), NOTHING)
     assert one.copy > 0
 
 
@@ -112,3 +115,55 @@ def test_a_checkpoint_holds_whole_arrays(workload):
 def test_a_message_of_int8_carries_its_scales():
     assert traffic.part_bytes(2**18, "int8") == 2**18 + 4 * 2**10
     assert traffic.part_bytes(2**18 + 1, "int8") == 2**18 + 4 * 2**10 + 1 + 4
+
+
+def test_an_evaluation_adds_its_samples_and_a_network_where_others_are_judged(workload):
+    """32-16-16 on 2 ranks: 500 rows of validation and 1500 of test a rank, of which 1024 at once."""
+    sizes, flat = (32, 16, 16), 4 * (32 * 16 + 16 + 16 * 16 + 16)
+    rows = (4000, 1000, 3000)
+
+    def found(**options):
+        w = workload(sizes, ranks=2, batch=20, rows=rows, row_bytes=132, **options)
+        return demand.memory(w, record(w), NOTHING)
+
+    plain = found()
+    # Forward buffers by the rows of a validation, what backward and the step need by the 10 rows of a batch.
+    assert plain.rank["activations"] == 4 * (500 * (16 + 16) + 10 * (32 + 16 + 16))
+    assert plain.rank["data"] == (2000 + 500) * 132 and plain.rank["best state"] == flat / 2
+    # The best parameters and a network for them, 1024 rows of it, inputs and gradients of logits, all test rows.
+    test = 1500 * 132 + 4 * 1024 * (32 + 16)
+    assert plain.moment == 2 * (2 * flat + 4 * 1024 * (16 + 16) + test)
+    averaged = found(ema=True)
+    assert averaged.rank["averaged network"] == flat + 4 * 1024 * (16 + 16)     # stays from the first validation on
+    assert averaged.moment == 2 * (flat + test)
+
+
+def test_the_code_of_libraries_counts_once_on_a_node(workload):
+    node, apart = workload(ranks=2), workload(ranks=2, per_node=1)
+    for w, ranks in ((node, 2), (apart, 1)):
+        more, less = (demand.memory(w, record(w), Process(100, code)) for code in (7000, 0))
+        assert more.node - less.node == 7000 and less.rank["process"] == 100
+        assert less.node - less.copy == pytest.approx(ranks * less.rank_bytes, abs=2)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("one_node", [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_rings_buffers_are_those_foretold(comm, one_node, overlap, monkeypatch):
+    """Between nodes messages are shorter than in a node, and so are the buffers that take them."""
+    from types import SimpleNamespace
+
+    from hpcmlp.comm import make_collective
+    from hpcmlp.comm import ring as ring_module
+    made, make = [], ring_module.work_buffers
+    monkeypatch.setattr(ring_module, "work_buffers", lambda *given: made.append(make(*given)) or made[-1])
+    ring = make_collective("ring", SimpleNamespace(comm=comm, size=comm.size, num_nodes=1 if one_node else comm.size))
+    w = Workload(NetworkSpec((784, 2048, 512, 10)), comm.size, comm.size if one_node else 1, 16 * comm.size,
+                 sync="ring", overlap=overlap)
+    recording = record(w)
+    grads = ring.empty(w.spec.layout().size, np.float32)
+    for bucket in recording.planned.buckets:
+        ring.start_reduce_scatter(grads[bucket.start:bucket.stop], bucket.bounds).wait()
+    ring.free()
+    held = sum(buffer.nbytes for buffers in made for buffer in buffers)
+    assert demand.memory(w, recording, NOTHING).rank["messages"] == held

@@ -6,9 +6,10 @@ import pytest
 
 from hpcmlp.plan.demand import memory
 from hpcmlp.plan.fit import MARGIN, needed_bytes, shortage
+from hpcmlp.plan.machine import Process
 from hpcmlp.plan.record import record
 
-NOTHING = (0.0, 0.0, 0.0)
+NOTHING = Process(0.0, 0.0)
 
 
 def test_what_fits_is_not_refused(workload):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hpcmlp.errors import ConfigError, InputMissing
-from hpcmlp.plan.machine import look_up, read_machine, write_machine
+from hpcmlp.plan.machine import Process, look_up, read_machine, write_machine
 from hpcmlp.plan.profiles import HARDWARE, NETWORKS, find_machine, profile, with_network
 from hpcmlp.plan.record import Op
 
@@ -77,3 +77,19 @@ def test_every_profile_names_its_source(tmp_path, name, network):
     assert "not measured" in machine.source and NETWORKS[network].source in machine.source
     write_machine(tmp_path / "m.json", machine)
     read_machine(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize("m, k, n, kib", [      # of the result m x n, sums over k
+    (1024, 512, 256, 268), (1024, 784, 256, 420), (4096, 2048, 256, 472), (4096, 784, 256, 420),
+    (4096, 784, 512, 6800), (1024, 64, 4096, 368), (256, 2048, 4096, 1232), (4096, 2048, 784, 7868)])
+def test_the_blas_keeps_what_it_was_seen_to_keep(m, k, n, kib):
+    """Growth of a process by one product in float32, OpenBLAS 0.3.31 on a core with AVX-512, seen on 2026-11-28."""
+    found = Process(0, 0, row_bytes=1792, block_rows=448).blas_bytes([(m, k, n)])
+    assert found == pytest.approx(1024 * kib, rel=0.02, abs=32 * 1024)
+
+
+def test_the_blas_has_one_place_for_blocks_and_one_for_panels():
+    process = Process(0, 0, row_bytes=40, block_rows=5)
+    assert process.blas_bytes([(7, 10, 3)]) == 40 * 3               # the other operand comes in narrow pieces
+    assert process.blas_bytes([(7, 10, 10), (20, 4, 6)]) == 40 * 5 + 320
+    assert process.blas_bytes([]) == 0
