@@ -15,6 +15,7 @@ CROSS_SEGMENT_BYTES = 2**18
 # Where layers come and go: 4 ranks hold 48.5 MiB of 784-1024x8-10 instead of 51.2, as the ring's work buffers are two
 # segments for each shape of a layer, in 1.13-1.27 of the unsharded step (1.18 in segments of 1 MiB).
 LAYER_SEGMENT_BYTES = 2**17
+SERVER_WORK_BYTES = 2**24   # receive buffers of a server, two over all ranks; segments shrink until they fit
 # Between devices each segment costs a launch and a wait of some 10 us beside its message: chosen, not measured.
 DEVICE_SEGMENT_BYTES = 2**22
 REDUCE_SHARE = 4    # one call of MPI sends more than half a ring has to: so much smaller are small arrays there
@@ -30,6 +31,11 @@ def segment_bytes(one_node: bool, by_layer: bool = False) -> int:
     if by_layer:
         return LAYER_SEGMENT_BYTES
     return SEGMENT_BYTES if one_node else CROSS_SEGMENT_BYTES
+
+
+def served_segment_bytes(size: int) -> int:
+    """Return the bytes of one message to a server among `size` ranks, at most. Local."""
+    return min(SEGMENT_BYTES, SERVER_WORK_BYTES // (2 * size))
 
 
 def small_limit(size: int, one_node: bool = False) -> int:

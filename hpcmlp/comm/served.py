@@ -28,9 +28,8 @@ from mpi4py import MPI
 from hpcmlp.comm.messages import LIMIT_BYTES, aligned_zeros, broadcast, cut_parts
 from hpcmlp.comm.prepared import Prepared
 from hpcmlp.errors import RunFailed
+from hpcmlp.traffic import SEGMENT_BYTES, served_segment_bytes
 
-SEGMENT_BYTES = 2**20
-WORK_BYTES = 2**24  # receive buffers of an owner, over all workers; segments shrink until they fit
 DEPTH = 2           # segments of one worker that may be on their way at once
 MAX_PLANS = 64
 DATA_TAG, WORDS_TAG, SUMS_TAG = 1, 2, 3
@@ -82,7 +81,7 @@ class Served:
         self.rank = self.part = comm.rank
         self.size = comm.size
         self.roles = Roles(servers, comm.size)
-        wanted = min(segment_bytes, limit_bytes, WORK_BYTES // (DEPTH * comm.size))
+        wanted = min(segment_bytes, limit_bytes, served_segment_bytes(comm.size))
         self.segment_bytes = max(8, wanted // 64 * 64)
         self.bytes_sent = self.bytes_received = 0
         self.version = 0

@@ -4,6 +4,7 @@ Memory counts what is touched: arrays that the code makes and uses, as the recor
 process itself. Traffic is that of the buckets as they are cut, by the rules of `hpcmlp.traffic`: exact, byte for byte.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +84,6 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
         rank["best state"] = owned
     if w.is_local:
         rank["where ranks last met"] = flat * (1 + w.outer)
-    if w.sync == "server":
-        rank |= _served(w, flat, recording)
     common = flat if shared else 0
     if w.sharded:
         buffers = 4 * sum(buffer_elements(w.spec))
@@ -93,6 +92,11 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
     elif w.rows[1] and w.ema:
         rank["averaged network"] = flat + _evaluating(w)
     node = local * (sum(rank.values()) - common) + common + process.code
+    if w.workers < w.ranks:
+        server, worker = _server(w, rank, recording), _worker(w, rank)
+        serve = min(local, w.servers)   # the first ranks do
+        node = serve * sum(server.values()) + (local - serve) * sum(worker.values()) + process.code
+        rank = max(server, worker, key=lambda parts: sum(parts.values()))
     # Saved array by array where parameters are in slices.
     copy = 0 if w.sharded else flat * (1 + state_vectors(w) + w.ema + bool(w.rows[1]) + w.is_local * w.outer)
     return Memory({name: int(value) for name, value in rank.items() if value}, int(node + copy), copy,
@@ -144,7 +148,9 @@ def state_vectors(w: Workload) -> int:
 def _activations(w: Workload, recording: Recording) -> int:
     """Buffers as far as they are used: by the rows of a training batch or of a validation, in backward of the first."""
     micro = -(-w.local_rows // w.accumulate)
-    used = recording.held.get("backward", 0) * micro / max(1, w.network_rows)
+    # The gradient of one layer of one micro-batch, which is added to those before it.
+    extra = 4 * max(stop - start for start, stop in w.spec.layer_spans()) if micro < w.local_rows else 0
+    used = (recording.held.get("backward", 0) - extra) * micro / max(1, w.network_rows) + extra * (not w.sharded)
     kept = recording.held.get("activations", 0) * max(micro, _evaluation_rows(w, 1)) / max(1, w.network_rows)
     if w.recompute:
         needs_pre = w.spec.activation in NEEDS_PRE
@@ -154,22 +160,29 @@ def _activations(w: Workload, recording: Recording) -> int:
 
 def data_bytes(w: Workload) -> int:
     """Return the bytes of samples that rank 0 keeps: the shards that it touches, and its share of the others. Local."""
-    val = -(-w.rows[1] // w.ranks) * w.row_bytes
+    val = _validation_bytes(w)
     if not w.shard_rows or not w.row_bytes:
         held = -(-w.rows[0] // w.workers) * w.row_bytes
     else:
         order = Order(list(w.shard_rows), w.global_batch_size, 0, True, None)
         held = sum(w.shard_rows[s] for s in order.touched(0, w.workers)) * w.row_bytes
     if w.memory_limit is not None:
-        held, val = min(held, w.memory_limit), min(val, w.memory_limit)
+        held = min(held, w.memory_limit)
     return held + val
 
 
+def _validation_bytes(w: Workload) -> int:
+    return min(-(-w.rows[1] // w.ranks) * w.row_bytes, w.memory_limit or math.inf)
+
+
 def _messages(w: Workload, recording: Recording) -> int:
-    """Work buffers of the ring, and with a narrow wire what it keeps of every element."""
+    """Work buffers of the ring or of ranks that all serve, and with a narrow wire what it keeps of every element."""
     size = w.nodes if w.sync == "shared" else w.ranks
-    if size == 1 or w.sync in ("native", "server"):
+    if size == 1 or w.sync == "native":
         return 0
+    if w.sync == "server":
+        part = -(-recording.held["parameters"] // w.servers)
+        return 2 * min(traffic.served_segment_bytes(w.ranks), part) * (w.workers - 1) if w.workers == w.ranks else 0
     if w.sharded:       # two segments for each shape of a layer in each of two buffers
         shapes = {(number % 2, stop - start) for number, (start, stop) in enumerate(w.spec.layer_spans())}
         segment = traffic.segment_bytes(w.nodes == 1, by_layer=True)
@@ -186,10 +199,23 @@ def _messages(w: Workload, recording: Recording) -> int:
     return buffers
 
 
-def _served(w: Workload, flat: int, recording: Recording) -> dict[str, int]:
-    """What a server holds more than a worker: out of step a slice from every worker, and one for it."""
-    more = {"pushes": 2 * flat * w.workers // w.servers} if w.staleness else {}
-    return {**more, "optimizer": recording.held.get("optimizer", 0) * w.ranks // w.servers}
+def _server(w: Workload, rank: dict[str, int], recording: Recording) -> dict[str, int]:
+    """The parts of a rank that only serves: all state of its slice; it validates, and trains on nothing.
+
+    From each worker it takes segments, of the first in place; out of step a whole slice, and gives one.
+    """
+    part = -(-rank["parameters"] // w.servers)
+    segment = min(traffic.served_segment_bytes(w.ranks), part)
+    taken = 2 * part * w.workers if w.staleness else 2 * segment * (w.workers - 1)
+    forward = recording.held.get("activations", 0) * _evaluation_rows(w, 1) // max(1, w.network_rows)
+    return {**rank, "optimizer": part * (state_vectors(w) + w.ema), "activations": forward,
+            "data": _validation_bytes(w), "messages": taken, **({"best state": part} if w.rows[1] else {})}
+
+
+def _worker(w: Workload, rank: dict[str, int]) -> dict[str, int]:
+    """The parts of a rank that owns no slice; out of step it may be given any training rows, and has them all."""
+    data = {"data": w.rows[0] * w.row_bytes + _validation_bytes(w)} if w.staleness else {}
+    return {**rank, **data, "optimizer": 0, "best state": 0}
 
 
 def storage(w: Workload, data_on_disk: int) -> dict[str, int]:

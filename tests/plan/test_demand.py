@@ -138,6 +138,30 @@ def test_an_evaluation_adds_its_samples_and_a_network_where_others_are_judged(wo
     assert averaged.moment == 2 * (flat + test)
 
 
+def test_a_server_holds_state_and_a_worker_samples(workload):
+    """32-16-16, one server and two workers on a node; 10 rows a worker, 100 of validation a rank."""
+    flat = 4 * (32 * 16 + 16 + 16 * 16 + 16)
+
+    def found(**options):
+        w = workload((32, 16, 16), ranks=3, batch=20, sync="server", rows=(2000, 300, 0), row_bytes=132, **options)
+        return demand.memory(w, record(w), NOTHING)
+
+    val, forward = 100 * 132, 4 * 100 * (16 + 16)
+    worker = 2 * flat + forward + 4 * 10 * (32 + 16 + 16) + 1000 * 132 + val
+    server = 2 * flat + 2 * flat + flat + forward + val     # moments and best parameters whole
+    in_step = found()
+    assert in_step.node - in_step.copy == server + 2 * flat + 2 * worker    # segments of the second worker
+    assert in_step.rank_bytes == worker
+    apart = found(staleness=True)       # a slice from each worker and one for it; workers have all samples
+    assert apart.node - apart.copy == server + 4 * flat + 2 * (worker + 1000 * 132)
+
+
+def test_the_sum_of_micro_batches_takes_a_gradient_of_the_longest_layer(workload):
+    one, four = (demand.memory(w, record(w), NOTHING).rank["activations"]
+                 for w in (workload((32, 16, 16), batch=5), workload((32, 16, 16), batch=20, accumulate=4)))
+    assert four - one == 4 * (32 * 16 + 16)
+
+
 def test_the_code_of_libraries_counts_once_on_a_node(workload):
     node, apart = workload(ranks=2), workload(ranks=2, per_node=1)
     for w, ranks in ((node, 2), (apart, 1)):
