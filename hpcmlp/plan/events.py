@@ -142,7 +142,7 @@ class _Player:
             return
         level = "net" if self.w.nodes > 1 else "node"
         size = traffic.part_bytes(part, self.w.wire) if event.half == "reduce" else self._gather_bytes(part)
-        on_link = hops * hop_s(self.machine, level, event.half, size, sharers)
+        on_link = hops * _ring_hop_s(self.w, self.machine, event.half, size, sharers)
         cpu = 0.0
         if level == "net":
             cpu = hops * size * self.machine.net["cpu_s_per_byte"] * sharers
@@ -189,16 +189,24 @@ def transfer_s(w: Workload, machine: Machine, event: Transfer) -> float:
         on_node = machine.between_s("node", f"shared_{event.half}", num_bytes)
         if w.nodes == 1:
             return on_node
-        return on_node + _ring_s(w, machine, "net", event)
+        return on_node + _ring_s(w, machine, event)
     limit = traffic.small_limit(w.ranks, w.nodes == 1)
     if event.half == "reduce" and w.wire == "float32" and num_bytes * traffic.REDUCE_SHARE <= limit:
         return _together_s(w, machine, level, num_bytes)
-    return _ring_s(w, machine, level, event)
+    return _ring_s(w, machine, event)
 
 
-def _ring_s(w: Workload, machine: Machine, level: str, event: Transfer) -> float:
+def _ring_s(w: Workload, machine: Machine, event: Transfer) -> float:
     hops, part, sharers = ring_shape(w, event)
-    return hops * hop_s(machine, level, event.half, traffic.part_bytes(part, w.wire), sharers)
+    return hops * _ring_hop_s(w, machine, event.half, traffic.part_bytes(part, w.wire), sharers)
+
+
+def _ring_hop_s(w: Workload, machine: Machine, half: str, num_bytes: float, sharers: int) -> float:
+    """All hops of a ring take as long as the slowest: between nodes, or, where the ring passes there, inside one."""
+    levels = ["net"] if w.nodes > 1 else []
+    if w.nodes == 1 or w.sync != "shared" and w.ranks_per_node > 1:
+        levels.append("node")
+    return max(hop_s(machine, level, half, num_bytes, sharers) for level in levels)
 
 
 def _together_s(w: Workload, machine: Machine, level: str, num_bytes: int) -> float:

@@ -50,6 +50,14 @@ def test_ranks_of_a_node_share_its_link(workload, machine):
     assert step_time(packed, machine).parts["comm"] == pytest.approx(2 * 4 / 8 * n, rel=0.1)
 
 
+def test_a_ring_between_nodes_that_passes_inside_them_is_as_slow_as_its_slowest_hop(workload, machine):
+    w = workload((300, 300, 10), ranks=8, per_node=4, batch=64, overlap=False)
+    quick = replace(machine, net={**machine.net, **dict.fromkeys(("reduce", "gather"), [[4, 1e-6], [2**30, 1e-6]])})
+    assert step_time(w, quick).parts["comm"] == pytest.approx(2 * 7 * HOP_S)
+    alone = replace(w, ranks_per_node=1)
+    assert step_time(alone, quick).parts["comm"] == pytest.approx(2 * 7 * 1e-6)
+
+
 def test_messages_behind_computing_cost_only_what_is_left(workload, machine):
     """With much to compute everything but the last bucket's way and the first one's way back is hidden."""
     def comm(**options):
