@@ -158,8 +158,8 @@ class RunDirectory:
     def open_log(self, restored_step: int | None, redo: bool = False, records: Sequence[dict[str, Any]] = ()) -> None:
         """Open metrics.jsonl for appending; lines past `restored_step` are dropped (all lines when it is None).
 
-        Local. With `redo` those are dropped too that the end of an epoch wrote at that very step. `records` are what
-        others know of the last steps: those up to `restored_step` that the file lacks are added.
+        Local; raises CannotWrite. With `redo` those are dropped too that the end of an epoch wrote at that very step.
+        `records` are what others know of the last steps: those up to `restored_step` that the file lacks are added.
         """
         if self._log is not None:
             self._log.close()
@@ -172,9 +172,10 @@ class RunDirectory:
                     if line.endswith(b"\n") and _step_of(line) <= restored_step
                     and not (redo and _ends_epoch(line, restored_step))]
         write_atomically(path, b"".join(kept))
-        if self._log is not None:
-            self._log.close()
-        self._log = open(path, "ab", buffering=0)
+        try:
+            self._log = open(path, "ab", buffering=0)
+        except OSError as error:
+            raise CannotWrite(write_failure(path, error)) from None
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one record to metrics.jsonl as one whole line. Local; raises CannotWrite."""

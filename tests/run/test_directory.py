@@ -1,5 +1,6 @@
 """A run directory has one owner, and its log never holds half a line or a step from the future."""
 
+import errno
 import json
 import os
 import socket
@@ -92,6 +93,19 @@ def test_resuming_drops_lines_past_the_step_and_the_torn_last_line(tmp_path):
     directory.release()
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kept == [*lines[:2], {"kind": "event", "step": 20, "loss": None}]
+
+
+def test_a_log_that_cannot_be_opened_is_said_to_be_one_that_cannot_be_written(tmp_path, monkeypatch):
+    directory, real = RunDirectory(tmp_path, False), open
+
+    def fails(path, mode="r", **options):
+        if mode == "ab":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, mode, **options)
+    monkeypatch.setattr("builtins.open", fails)
+    with pytest.raises(CannotWrite, match="metrics.jsonl"):
+        directory.open_log(None)
+    directory.release()
 
 
 def test_what_others_know_is_added_once_where_the_log_lacks_it(tmp_path):
