@@ -83,12 +83,21 @@ def test_the_survivors_go_on_with_the_same_batches_and_lose_no_step(flowers, hpc
         assert "late: rank 2" in done.stderr and "is stopped" in done.stderr and "is killed" in done.stderr
 
 
+def train_with(fault, hpcmlp, flowers, folder):
+    """Let 3 ranks train that run the code `fault` when they start, and return the run directory."""
+    (folder / "sitecustomize.py").write_text(fault)
+    done = hpcmlp("launch", "-n", 3, "--max-restarts", 0, "--", "train", "--elastic", "--data", flowers, "--out",
+                  folder / "run", *OPTIONS, env={"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
+
+
 DIES_BEFORE_IT_LOGS = """
 import os, signal
 from hpcmlp.run.directory import RunDirectory
 log = RunDirectory.log
 def dies(self, record):
-    if record["kind"] == "step" and record["step"] == 48 and os.environ["OMPI_COMM_WORLD_RANK"] == "0":
+    if record["kind"] == "step" and record["step"] == 46 and os.environ["OMPI_COMM_WORLD_RANK"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     log(self, record)
 RunDirectory.log = dies
@@ -97,12 +106,8 @@ RunDirectory.log = dies
 
 @needs_ulfm
 def test_what_the_dead_rank_had_yet_to_log_is_in_the_log(flowers, hpcmlp, plain, tmp_path):
-    """At the end of an epoch, which is due after that step."""
-    (tmp_path / "sitecustomize.py").write_text(DIES_BEFORE_IT_LOGS)
-    run = tmp_path / "run"
-    done = hpcmlp("launch", "-n", 3, "--max-restarts", 0, "--", "train", "--elastic", "--data", flowers, "--out", run,
-                  *OPTIONS, env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    """At the last step of the second epoch, whose end is due after it."""
+    run = train_with(DIES_BEFORE_IT_LOGS, hpcmlp, flowers, tmp_path)
     assert len(events(run, "lost")) == 1
     assert [step for step, _ in losses(run)] == [step for step, _ in plain]
     kinds = [record["kind"] for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
@@ -125,11 +130,7 @@ Judge.validate = dies
 @needs_ulfm
 def test_a_death_in_what_is_done_again_after_another_loses_no_step(flowers, hpcmlp, plain, tmp_path):
     """Rank 1 dies in the validation after the second epoch, rank 2 when it is done again."""
-    (tmp_path / "sitecustomize.py").write_text(DIE_WHILE_THEY_VALIDATE)
-    run = tmp_path / "run"
-    done = hpcmlp("launch", "-n", 3, "--max-restarts", 0, "--", "train", "--elastic", "--data", flowers, "--out", run,
-                  *OPTIONS, env={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    run = train_with(DIE_WHILE_THEY_VALIDATE, hpcmlp, flowers, tmp_path)
     assert [(event["step"], event["lost"]) for event in events(run, "lost")] == [(46, [1]), (46, [1])]
     for (step, loss), (same, expected) in zip(losses(run), plain, strict=True):
         assert step == same and loss == pytest.approx(expected, rel=1e-3), f"step {step}"
