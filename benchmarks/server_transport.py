@@ -9,12 +9,16 @@ gather    mpi4py at the root: Gather, sum of the rows in order, update, Bcast (r
 window    MPI-3 one-sided: every worker puts its vector into a place of its own in the server's window (passive target,
           flush) and tells the server by an empty message, without which it could not know; the server adds and tells
           the workers, who get the sum.
-one       `comm.served.Served` with one dedicated server: push, ordered sum, pull.
-all       `Served` with as many servers as ranks; the gradients of all ranks count.
+one       what `--sync server` takes with one dedicated server: push, ordered sum, pull; on one node in its memory
+          (`comm.served_node`), else by messages.
+all       the same with as many servers as ranks; the gradients of all ranks count.
+one-msg   `comm.served.Served` with one dedicated server, wherever the ranks are.
+all-msg   `Served` with as many servers as ranks.
 ring      `comm.ring.Ring`: reduce-scatter and all-gather, for the same work as `all`.
 
 As in a step, gradients and parameters are arrays of their own, and gradients are written anew before each round; the
 owners' update is a copy, which is timed everywhere alike. Only `one`, `all` and `ring` carry the step's control words.
+Windows in shared memory (`window`) are left out where the ranks are on several nodes.
 """
 
 import argparse
@@ -28,11 +32,14 @@ COMM = launch.open_world().comm
 import numpy as np  # noqa: E402  (open_world sets the BLAS threads before NumPy is loaded)
 from mpi4py import MPI  # noqa: E402
 
+from hpcmlp.comm import open_exchange  # noqa: E402
 from hpcmlp.comm.ring import Ring  # noqa: E402
 from hpcmlp.comm.served import Served  # noqa: E402
+from hpcmlp.comm.topology import Topology  # noqa: E402
 from hpcmlp.sync.buckets import part_bounds  # noqa: E402
 
 WORDS = 9
+TOPOLOGY = Topology(COMM)
 
 
 class Vectors:
@@ -40,6 +47,9 @@ class Vectors:
 
     def __init__(self, size):
         self.grads, self.params = np.zeros(size, np.float32), np.zeros(size, np.float32)
+
+    def free(self):
+        pass
 
 
 class Gathered(Vectors):
@@ -97,12 +107,16 @@ class Window(Vectors):
             COMM.Send(self.nothing, 0, 3)
             COMM.Recv(self.nothing, 0, 4)
 
+    def free(self):
+        self.window.Unlock_all()
+        self.window.Free()
 
-class Collective(Vectors):
+
+class Collective:
     """Reduce-scatter with control words, all-gather."""
 
     def __init__(self, size, collective, bounds):
-        super().__init__(size)
+        self.grads, self.params = collective.empty(size, np.float32), collective.common(size, np.float32)
         self.collective, self.bounds, self.words = collective, bounds, np.zeros(WORDS)
         self.own = slice(bounds[COMM.rank], bounds[COMM.rank + 1])
 
@@ -111,13 +125,20 @@ class Collective(Vectors):
         np.copyto(self.params[self.own], self.grads[self.own])
         self.collective.all_gather(self.params, self.bounds)
 
+    def free(self):
+        self.collective.free()
+
 
 def ways(size):
     """Return the transports of `size` float32 by name."""
     every = part_bounds(size, COMM.size)
     one = np.array([0] + [size] * COMM.size)
-    return {"gather": Gathered(size), "window": Window(size), "one": Collective(size, Served(COMM, 1), one),
-            "all": Collective(size, Served(COMM, COMM.size), every), "ring": Collective(size, Ring(COMM), every)}
+    found = {"gather": Gathered(size), **({"window": Window(size)} if TOPOLOGY.num_nodes == 1 else {})}
+    for name, servers, bounds in (("one", 1, one), ("all", COMM.size, every)):
+        taken = open_exchange("server", TOPOLOGY, size, np.float32, servers=servers).collective
+        found[name] = Collective(size, taken, bounds)
+        found[f"{name}-msg"] = Collective(size, Served(COMM, servers), bounds)
+    return {**found, "ring": Collective(size, Ring(COMM), every)}
 
 
 def main():
@@ -140,11 +161,12 @@ def main():
                     times[name].append(1e3 * took[0])
         if COMM.rank == 0:
             medians = {name: statistics.median(values) for name, values in times.items()}
-            print(f"{COMM.size} ranks, {mib:g} MiB: " + "  ".join(f"{n} {t:.2f} ms" for n, t in medians.items())
-                  + f"  one/gather {medians['gather'] / medians['one']:.2f}x  all/ring "
-                  f"{medians['ring'] / medians['all']:.2f}x", flush=True)
-        transports["window"].window.Unlock_all()
-        transports["window"].window.Free()
+            ratios = {f"{name}/{other}": medians[other] / medians[name] for other, names in
+                      (("gather", ("one", "one-msg")), ("ring", ("all", "all-msg"))) for name in names}
+            print(f"{COMM.size} ranks, {mib:g} MiB: " + "  ".join(f"{n} {t:.3f} ms" for n, t in medians.items())
+                  + "".join(f"  {name} {ratio:.2f}x" for name, ratio in ratios.items()), flush=True)
+        for transport in transports.values():
+            transport.free()
 
 
 if __name__ == "__main__":

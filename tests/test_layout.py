@@ -20,7 +20,7 @@ INSIDE = {
            "candidates launches small_products emulated gpu_device ops",
     "nn": "nn layout losses network planned_forward planned initializers optimizers schedules metrics auc",
     "comm": "exact_sum messages reach topology agreement survive prepared ring wire ring_wire native nccl shared "
-            "choice served post comm",
+            "choice served served_node post comm",
     "data": "data files links guard layouts tables csv_numbers manifest order device_order arrays csv_reader "
             "hdf5_reader idx_reader npz_reader parquet_reader probe readers row_file splits statistics download "
             "sources targets preprocess cleaning selection summary shards describe samples resident streamed loader",

@@ -87,7 +87,8 @@ class Exchange:
 
     `params` is meant for what all ranks hold alike (one copy per node in shared memory, unless `own_params`), `grads`
     is this rank's own. `wire` is what crosses the network. `note` says what is not as it was asked for, and why; ""
-    when all is. `why` is why these collectives were taken; "" when they were asked for by name.
+    when all is. `why` is why these collectives were taken, "" when they were asked for by name; or by which way a server
+    gets and gives.
     """
 
     name: str
@@ -132,7 +133,7 @@ def rule(topology: Topology, wire: str = "float32") -> tuple[str | None, str]:
 
 
 def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_params: bool = False,
-                  wire: str = "float32", servers: int = 1, overlap: bool | None = False,
+                  wire: str = "float32", servers: int = 1, in_step: bool = True, overlap: bool | None = False,
                   by_layer: bool = False) -> Exchange:
     """Return collectives and zeroed flat vectors of `size` elements.
 
@@ -140,15 +141,22 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     of this size (`comm.choice`); all ranks take the same. Where node memory is not to be had the ring is taken, or the
     trial goes on without it. A `wire` other than "float32" is that of the ring, between nodes or between all ranks;
     where there are no messages between ranks it is float32 after all, so that one configuration serves one node and
-    many. `note` says so, `why` why "auto" took what it took. Raises ConfigError for an unknown name, or a wire with
-    "native" or "server". `servers` counts for "server" alone. With `overlap` "auto" takes only what can be under way
-    while the ranks compute (a collective's `starts`); None lets that count in the trial.
+    many. `note` says so, `why` why "auto" took what it took, or how a server gets and gives. Raises ConfigError for an
+    unknown name, or a wire with "native" or "server". `servers` and `in_step` count for "server" alone: on one node it works in
+    node memory, but where its workers are not in step. With `overlap` "auto" takes only what can be under way while the
+    ranks compute (a collective's `starts`); None lets that count in the trial.
     """
     check_wire(name, wire)
     taken, why, note = *(rule(topology, wire) if name == "auto" else (name, "")), ""
 
-    def make(which: str, elements: int) -> Exchange:
-        return _open(which, topology, elements, dtype, own_params, wire, servers, by_layer)
+    def make(which: str, elements: int, on_node: bool = False) -> Exchange:
+        return _open(which, topology, elements, dtype, own_params, wire, servers, on_node, by_layer)
+
+    if taken == "server" and in_step and topology.num_nodes == 1 and topology.size > 1:
+        try:
+            return make("server", size, on_node=True)
+        except SharedUnavailable as reason:
+            note = f"sync server by messages instead of node memory: {reason}"
 
     if taken == "shared":
         try:
@@ -166,7 +174,7 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
         taken, why = ("ring", "one rank per node") if len(names) == 1 else \
             fastest(make, names, topology.comm, size, hides=overlap is not False)
     exchange = make(taken, size)
-    exchange.why, exchange.note = why, note or exchange.note
+    exchange.why, exchange.note = why or exchange.why, note or exchange.note
     return exchange
 
 
@@ -181,23 +189,31 @@ def open_direct(topology: Topology, size: int, dtype: Any, sums: Any) -> Exchang
 
 
 def _open(name: str, topology: Topology, size: int, dtype: Any, own_params: bool, wire: str, servers: int,
-          by_layer: bool) -> Exchange:
+          on_node: bool, by_layer: bool) -> Exchange:
     """Open what is called `name` and nothing else; where node memory is not to be had nothing stays allocated."""
-    note = ""
+    note = why = ""
     if wire != "float32" and (topology.size == 1 or name == "shared" and topology.num_nodes == 1):
         note, wire = _idle(wire, "there is one rank" if topology.size == 1 else "all ranks share one node"), "float32"
     if name == "shared":
         collective: Collective = Shared(topology, partial(make_ring, wire=wire, segment_bytes=segment_bytes(False)))
     elif name == "server":
-        from hpcmlp.comm.served import Served  # few runs want it
-        collective = Served(topology.comm, servers)
+        collective, why = _open_served(topology, servers, on_node)
     else:
         collective = _ring_of_all(topology, wire, by_layer) if name == "ring" else make_collective(name, topology)
     try:
-        return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), wire, note)
+        return Exchange(name, collective, *_vectors(collective, size, dtype, own_params), wire, note, why)
     except SharedUnavailable:
         collective.free()       # it may hold one of the two vectors
         raise
+
+
+def _open_served(topology: Topology, servers: int, on_node: bool) -> tuple[Collective, str]:
+    """Return push and pull, and how they go."""
+    if on_node:
+        from hpcmlp.comm.served_node import ServedOnNode  # few runs want either
+        return ServedOnNode(topology, servers), "in node memory"
+    from hpcmlp.comm.served import Served
+    return Served(topology.comm, servers), "by messages"
 
 
 def _idle(wire: str, why: str) -> str:

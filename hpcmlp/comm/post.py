@@ -11,10 +11,11 @@ stops for ever in the next moment.
 
 Two-sided, persistent messages rather than MPI-3 windows (put and get on the server's memory). Measured, one server,
 push and pull of 4 MiB on one node: 36 against 37 ms with one worker, 48 against 20 ms with three, all on two loaded
-cores (benchmarks/notes/2026-11-24-server.md): windows win where memory is shared. But there `--sync shared` is at home;
-over a network a put is a message too, and a second one must tell the server that there is something to add; its
-progress is the library's choice, while here all progress is made by ranks that sit in MPI: a server whenever it does
-not add, update or copy, a worker whenever it waits. And a window cannot be freed or made once a worker is lost.
+cores (benchmarks/notes/2026-11-24-server.md): windows win where memory is shared. There a server in step needs neither
+(`comm.served_node`); over a network a put is a message too, and a second one must tell the server that there is
+something to add; its progress is the library's choice, while here all progress is made by ranks that sit in MPI: a
+server whenever it does not add, update or copy, a worker whenever it waits. And a window cannot be freed or made once a
+worker is lost.
 
 What a server gives is a copy of its slice, one buffer per worker: it may update while a copy is on its way, and a
 worker that stops while it receives holds up nobody. A buffer is free again when its worker has pushed.

@@ -16,7 +16,7 @@ either half, as in a ring, but in one hop instead of P - 1.
 
 No cycle of waiting: a rank starts all its sends of its own data before it waits for anything; the only messages sent
 later are the servers' sums of words, which depend on messages of the first kind alone, and are waited for last.
-Two-sided messages rather than MPI-3 windows: see `comm.post`.
+Two-sided messages rather than MPI-3 windows: see `comm.post`. On one node `comm.served_node` needs no messages.
 """
 
 from collections.abc import Sequence

@@ -203,7 +203,10 @@ class Shared:
         """
         _, word_slots = self._fill(None, words)
         self._meet()
-        self._sum(plan.shares if everywhere else plan.shares[:1], plan.shares)
+        if everywhere:
+            self._sum(plan.shares, plan.shares)
+        else:
+            self._sum(plan.shares[:1], plan.sources)
         if words is not None:
             self._sum((words,), word_slots)
 
@@ -354,20 +357,27 @@ class Shared:
             tries += 1
 
     def _sum(self, targets: tuple, sources: tuple) -> None:
-        """Make every target the sum of the sources in their order; the targets may be the sources, or the first one."""
+        """Make every target the sum of the sources in their order; targets may be sources."""
         if self._kernels is not None:
             self._kernels.sum_arrays(targets, sources)
             return
         block = BLOCK_BYTES // targets[0].itemsize
-        for start in range(0, targets[0].size, block):
+        late = any(targets[0] is source for source in sources[1:])
+        if late:    # its own numbers are wanted after others have been added
+            targets = (np.empty_like(targets[0][:block]), *targets)
+        for start in range(0, targets[-1].size, block):
             piece = slice(start, start + block)
-            total = targets[0][piece]
+            total = targets[0][:targets[-1][piece].size] if late else targets[0][piece]
             if targets[0] is not sources[0]:
                 np.copyto(total, sources[0][piece])
             for source in sources[1:]:
                 np.add(total, source[piece], total)
             for target in targets[1:]:
                 np.copyto(target[piece], total)
+
+    def _order(self) -> list[int]:
+        """The local ranks whose numbers a reduce-scatter adds, in their order."""
+        return [self.local_rank, *(rank for rank in range(self.local_size) if rank != self.local_rank)]
 
     def _fill(self, array: np.ndarray | None, words: np.ndarray | None) -> tuple[tuple | None, tuple | None]:
         """Put this rank's numbers on the stage; return those of all local ranks, to be read after the next meeting."""
@@ -419,7 +429,7 @@ class Shared:
     def _plan_in_node(self, array: np.ndarray, bounds: Bounds) -> "_Plan":
         plan = self._plan(array, bounds)
         if plan is None:
-            raise SharedUnavailable("a narrow wire needs arrays in node memory: make them with `empty` or `common`")
+            raise SharedUnavailable("only arrays in node memory will do here: make them with `empty` or `common`")
         return plan
 
 
@@ -427,7 +437,7 @@ class _Plan:
     """The views of one array that this rank works on.
 
     share : the run of parts of this local rank in its own memory; shares : in the memory of all local ranks, this one
-        first.
+        first; sources : in the memory of those that a reduce-scatter adds, in their order.
     others : pairs of the other local ranks' runs, in this rank's memory and in theirs.
     inner : bounds of the parts within the share. common : there is one array for all ranks of the node.
     """
@@ -441,6 +451,7 @@ class _Plan:
         self.share = array[run]
         self.inner = np.array(bounds[me * nodes:(me + 1) * nodes + 1], np.int64) - cuts[me]
         self.shares, self.others, self.common = (self.share,), [], window.common
+        self.sources = self.shares
         if window.common:
             return
         neighbours = [memory[offset:offset + array.nbytes].view(array.dtype) for memory in window.memories]
@@ -449,6 +460,7 @@ class _Plan:
                 self.shares += (neighbours[rank][run],)
                 theirs = slice(cuts[rank], cuts[rank + 1])
                 self.others.append((array[theirs], neighbours[rank][theirs]))
+        self.sources = tuple(self.share if rank == me else neighbours[rank][run] for rank in shared._order())
 
     def free(self) -> None:
         """Do nothing: the window gives the memory back."""

@@ -76,7 +76,7 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
     flat = recording.held["parameters"]
     local = min(w.ranks, w.ranks_per_node)
     owned = flat if w.whole else -(-flat // w.ranks)
-    shared = w.sync == "shared" and not w.full_update
+    shared = w.sync == "shared" and not w.full_update or w.served_on_node
     rank = {"parameters": flat, "gradients": flat, "optimizer": recording.held.get("optimizer", 0),
             "activations": _activations(w, recording), "data": data_bytes(w), "messages": _messages(w, recording),
             "process": process.own + _blas_bytes(w, recording, process)}
@@ -96,6 +96,7 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
         server, worker = _server(w, rank, recording), _worker(w, rank)
         serve = min(local, w.servers)   # the first ranks do
         node = serve * sum(server.values()) + (local - serve) * sum(worker.values()) + process.code
+        node -= (local - 1) * common
         rank = max(server, worker, key=lambda parts: sum(parts.values()))
     # Saved array by array where parameters are in slices.
     copy = 0 if w.sharded else flat * (1 + state_vectors(w) + w.ema + bool(w.rows[1]) + w.is_local * w.outer)
@@ -178,7 +179,7 @@ def _validation_bytes(w: Workload) -> int:
 def _messages(w: Workload, recording: Recording) -> int:
     """Work buffers of the ring or of ranks that all serve, and with a narrow wire what it keeps of every element."""
     size = w.nodes if w.sync == "shared" else w.ranks
-    if size == 1 or w.sync == "native":
+    if size == 1 or w.sync == "native" or w.served_on_node:
         return 0
     if w.sync == "server":
         part = -(-recording.held["parameters"] // w.servers)
@@ -202,11 +203,12 @@ def _messages(w: Workload, recording: Recording) -> int:
 def _server(w: Workload, rank: dict[str, int], recording: Recording) -> dict[str, int]:
     """The parts of a rank that only serves: all state of its slice; it validates, and trains on nothing.
 
-    From each worker it takes segments, of the first in place; out of step a whole slice, and gives one.
+    From each worker it takes segments, of the first in place, or reads them in node memory; out of step it takes a
+    whole slice, and gives one.
     """
     part = -(-rank["parameters"] // w.servers)
     segment = min(traffic.served_segment_bytes(w.ranks), part)
-    taken = 2 * part * w.workers if w.staleness else 2 * segment * (w.workers - 1)
+    taken = 2 * part * w.workers if w.staleness else 0 if w.served_on_node else 2 * segment * (w.workers - 1)
     forward = recording.held.get("activations", 0) * _evaluation_rows(w, 1) // max(1, w.network_rows)
     return {**rank, "optimizer": part * (state_vectors(w) + w.ema), "activations": forward,
             "data": _validation_bytes(w), "messages": taken, **({"best state": part} if w.rows[1] else {})}
@@ -228,7 +230,7 @@ def storage(w: Workload, data_on_disk: int) -> dict[str, int]:
 def sent_bytes(w: Workload, recording: Recording, rank: int = 0) -> int:
     """Return the bytes that `rank` hands to others in a step, control words included; exact for ring and shared.
 
-    Local. With shared they are those between nodes. A call of the MPI library counts as what the rank gives it.
+    Local. With shared they are those between nodes; a server on the node of its workers sends none. A call of the MPI library counts as what the rank gives it.
     """
     if w.is_local:
         return sum(_transfer_bytes(w, half, rank) for half in meeting(w)) // w.local_steps
@@ -243,6 +245,8 @@ def sent_bytes(w: Workload, recording: Recording, rank: int = 0) -> int:
 
 def _transfer_bytes(w: Workload, event: Transfer, rank: int) -> int:
     size, one_node = w.ranks, w.nodes == 1
+    if w.served_on_node:
+        return 0
     if event.half == "sum":
         if w.sync == "shared":
             return traffic.together_sends(8, w.nodes)

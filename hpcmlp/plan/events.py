@@ -184,7 +184,7 @@ def transfer_s(w: Workload, machine: Machine, event: Transfer) -> float:
     if event.half == "sum":
         return _together_s(w, machine, level, 8)
     if w.sync == "server":
-        return _served_s(w, machine, level, num_bytes)
+        return _served_s(w, machine, event, level, num_bytes)
     if w.sync == "shared" and min(w.ranks, w.ranks_per_node) > 1:
         on_node = machine.between_s("node", f"shared_{event.half}", num_bytes)
         if w.nodes == 1:
@@ -216,8 +216,13 @@ def _together_s(w: Workload, machine: Machine, level: str, num_bytes: int) -> fl
     return rounds * small + max(0.0, machine.between_s(level, "together", num_bytes) - small) * (w.ranks - 1)
 
 
-def _served_s(w: Workload, machine: Machine, level: str, num_bytes: int) -> float:
-    """A push or pull: every worker's numbers pass through each server's link, a slice at a time."""
+def _served_s(w: Workload, machine: Machine, event: Transfer, level: str, num_bytes: int) -> float:
+    """A push or pull: every worker's numbers pass through each server's link, a slice at a time.
+
+    In node memory a server adds workers x slice as a rank of `shared` adds ranks x its share, and a pull is a meeting.
+    """
+    if w.served_on_node and "shared_reduce" in machine.node:
+        return machine.between_s("node", f"shared_{event.half}", num_bytes * w.workers / w.servers)
     slice_bytes = num_bytes / w.servers
     return w.workers * hop_s(machine, level, "reduce", slice_bytes, 1)
 

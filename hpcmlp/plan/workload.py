@@ -61,6 +61,11 @@ class Workload:
         return self.local_steps > 1 or self.outer
 
     @property
+    def served_on_node(self) -> bool:
+        """Whether servers and workers share one node's memory. Local."""
+        return self.sync == "server" and self.nodes == 1 < self.ranks and not self.staleness
+
+    @property
     def whole(self) -> bool:
         """Whether every rank updates all parameters. Local."""
         return self.full_update or self.is_local

@@ -148,7 +148,8 @@ class Parts:
         c, ops, topology = self.config, self.ops, self.topology
         rows, layout = self._rows(), self.spec.layout()
         self.exchange = open_exchange(self.sync_name(), topology, layout.size, np.float32, own_params=c.full_update,
-                                      wire=c.wire, servers=c.servers or 1, overlap=self._may_overlap())
+                                      wire=c.wire, servers=c.servers or 1, in_step=c.staleness in (None, "0"),
+                                      overlap=self._may_overlap())
         on_host = c.device == "cpu"
         self.plan = self._plan_buckets(layout.size)
         self.network = Network(self.spec, ops, rows, self.exchange.params if on_host and not self.local else None,

@@ -30,9 +30,10 @@ def describe_slices(length: int, roles: Roles, moments: int, version: int, stale
 
 
 def in_step_report(collective: Any, steps: int) -> dict[str, Any]:
-    """Return what `Apart.report` returns, for a `Served` collective that has done `steps` steps since. Local.
+    """Return what `Apart.report` returns, for `comm.served`'s collectives after `steps` steps. Local.
 
-    The bytes are those of rank 0, a server; the collective counts anew.
+    The bytes are those of rank 0, a server; the collective counts anew. In node memory nothing is pulled: parameters
+    are read where they stand.
     """
     workers = len(collective.roles.workers)
     report = {"staleness": {"0": workers * steps} if steps else {}, "workers": [],

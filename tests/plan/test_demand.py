@@ -149,8 +149,10 @@ def test_a_server_holds_state_and_a_worker_samples(workload):
     val, forward = 100 * 132, 4 * 100 * (16 + 16)
     worker = 2 * flat + forward + 4 * 10 * (32 + 16 + 16) + 1000 * 132 + val
     server = 2 * flat + 2 * flat + flat + forward + val     # moments and best parameters whole
-    in_step = found()
-    assert in_step.node - in_step.copy == server + 2 * flat + 2 * worker    # segments of the second worker
+    in_step = found()       # parameters once
+    assert in_step.node - in_step.copy == server + 2 * worker - 2 * flat
+    nodes = found(per_node=2)   # segments of the second worker
+    assert nodes.node - nodes.copy == server + 2 * flat + worker
     assert in_step.rank_bytes == worker
     apart = found(staleness=True)       # a slice from each worker and one for it; workers have all samples
     assert apart.node - apart.copy == server + 4 * flat + 2 * (worker + 1000 * 132)

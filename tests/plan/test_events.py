@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hpcmlp.errors import ConfigError
-from hpcmlp.plan.events import step_time
-from hpcmlp.plan.record import Op, record
+from hpcmlp.plan.demand import sent_bytes
+from hpcmlp.plan.events import step_time, transfer_s
+from hpcmlp.plan.record import Op, Transfer, record
 from hpcmlp.sync.overlap import INTERVAL_S
 
 RATE, PASS_S, HOP_S = 1e9, 1e-9, 1e-3       # of conftest's machine
@@ -120,6 +121,18 @@ def test_chance_evens_out_over_local_steps_and_nobody_waits_out_of_step(workload
     assert eighth.parts["wait"] == pytest.approx(every.parts["wait"] / 2, rel=0.1)
     w = workload((300, 300, 10), ranks=4, batch=240, sync="server", staleness=True)
     assert step_time(w, chance).parts["wait"] == 0.0
+
+
+def test_on_one_node_a_server_reads_its_slice_of_all_workers_and_sends_nothing(workload, machine):
+    push, read_s = Transfer("run", "reduce", 0, 30_000), 1e-9
+    reads = {"shared_reduce": [[4, 4 * read_s], [2**30, 2**30 * read_s]]}
+    machine = replace(machine, node={**machine.node, **reads})
+    for servers, factor in ((1, 3), (2, 1), (4, 1)):     # workers / servers; four of four ranks are both
+        w = workload((300, 300, 10), ranks=4, sync="server", servers=servers)
+        assert transfer_s(w, machine, push) == pytest.approx(4 * 30_000 * factor * read_s)
+        assert sent_bytes(w, record(w)) == 0
+    apart = workload((300, 300, 10), ranks=4, sync="server", staleness=True)
+    assert transfer_s(apart, machine, push) == pytest.approx(3 * HOP_S)     # worker by worker
 
 
 @pytest.mark.parametrize("ranks", [2, 7, 64])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hpcmlp.comm.served import Roles, Served
+from hpcmlp.comm.served_node import ServedOnNode
 from hpcmlp.errors import ConfigError
 from hpcmlp.nn.initializers import initialize
 from hpcmlp.nn.losses import Loss
@@ -58,10 +59,16 @@ class Alone:
     def all_gather(self, array, bounds):
         pass
 
+    def empty(self, size, dtype):
+        return np.zeros(size, dtype)
+
+    common = empty
+
 
 def make_step(collective, buckets, size, **options):
     ops, layout = HostOps(), SPEC.layout()
-    network = Network(SPEC, ops, ROWS, np.zeros(layout.size, np.float32), np.zeros(layout.size, np.float32))
+    params, grads = collective.common(layout.size, np.float32), collective.empty(layout.size, np.float32)
+    network = Network(SPEC, ops, ROWS, params, grads)
     network.params[...] = initialize(SPEC, 3, "auto", np.float32)
     strategy = SlicedUpdate(collective, buckets, size, network.params, network.grads, ops)
     rule = make_optimizer("adamw", ops, layout, strategy.ranges, np.float32)
@@ -75,11 +82,11 @@ def make_alone(**options):
 
 
 @pytest.fixture
-def served_step(comm, given_back):
+def served_step(comm, topology, given_back):
     """A function that returns the roles of the ranks and a step over `servers` of them."""
-    def make(servers, **options):
+    def make(servers, on_node=False, **options):
         roles = Roles(servers, comm.size)
-        served = given_back(Served(comm, servers, segment_bytes=256))
+        served = given_back(ServedOnNode(topology, servers) if on_node else Served(comm, servers, segment_bytes=256))
         return roles, make_step(served, one_bucket(SPEC.layout().size, roles), comm.size, **options)
     return make
 
@@ -113,12 +120,13 @@ def everyone_has(comm, array):
 # ---- in step
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("on_node", [False, True])
 @pytest.mark.parametrize("servers, steps", [(1, 200), (2, 40), (3, 40), ("all", 200)])
-def test_in_step_it_is_the_ring_to_rounding(comm, servers, steps, opened, served_step):
+def test_in_step_it_is_the_ring_to_rounding(comm, servers, steps, on_node, opened, served_step):
     servers = comm.size if servers == "all" else servers
     if servers > comm.size:
         pytest.skip("more servers than ranks")
-    roles, step = served_step(servers, clip_norm=0.5)
+    roles, step = served_step(servers, on_node, clip_norm=0.5)
     share = roles.share(comm.rank)
     ring = opened("ring")
     other = make_step(ring, cut(SPEC.layout().size, SPEC.layer_starts(), 300, comm.size), comm.size, clip_norm=0.5)

@@ -1,0 +1,50 @@
+"""Push and pull of a parameter server whose ranks share one node: servers read gradients where the workers have them.
+
+`comm.served` without messages. A push is a meeting of the ranks, after which every server adds its slice of the
+workers' arrays, in ascending order of their ranks, as there: the same bits. A pull is a meeting: the parameters exist
+once, each server has written its slice into them, and workers read them in place.
+
+Cost for n bytes, W workers, K servers: a server reads W n/K; nothing is sent, and nothing copied but by the addition.
+Measured on 2 cores (`benchmarks/server_transport.py`) against messages and MPI-3 windows: see `comm.post`.
+
+No cycle of waiting: all ranks make the same calls in one order, each of which waits for nothing but all others' coming
+(`comm.shared`). A version is a number of meetings, which cannot be lost or doubled as messages might.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from hpcmlp.comm.ring import Bounds
+from hpcmlp.comm.served import Roles
+from hpcmlp.comm.shared import Shared
+from hpcmlp.comm.topology import Topology
+
+
+class ServedOnNode(Shared):
+    """`comm.served.Served` through the memory of the one node that all ranks are on.
+
+    Collective over `topology.comm`; raises SharedUnavailable as `Shared` does. `bytes_received` counts what this rank
+    has read of other ranks' arrays to add it, `bytes_sent` stays 0.
+    """
+
+    starts = False
+
+    def __init__(self, topology: Topology, servers: int, **options: Any):
+        self.roles = Roles(servers, topology.size)
+        super().__init__(topology, **options)
+        self.bytes_received = 0
+
+    bytes_sent = 0
+
+    def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
+        """As `Served.reduce_scatter`, of an array made by `empty`; for how long neighbours read it see `Shared`.
+
+        Collective over the ranks. Raises SharedUnavailable for any other array.
+        """
+        plan = self._plan_in_node(array, bounds)
+        self._reduce_on_node(plan, words)
+        self.bytes_received += plan.share.nbytes * sum(rank != self.local_rank for rank in self.roles.workers)
+
+    def _order(self) -> list[int]:
+        return list(self.roles.workers)
