@@ -73,7 +73,7 @@ def main():
     parser.add_argument("--global-batch-size", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--logged-steps", type=int, default=6)
+    parser.add_argument("--logged-steps", type=int, default=20)
     args = parser.parse_args()
     ms = {"one rank": [], "float32": [], "bf16": []}
     for _ in range(args.rounds):

@@ -145,11 +145,11 @@ def test_large_weights_are_cut_into_rows_that_cover_them():
                 assert first % 64 == 0
                 # all but a rounding to multiples of 64 rows: no piece is much smaller than asked for
                 asked = piece / 4 if layer == 0 else piece
-                assert len(cuts) == 2 or (last - first + 64) * width >= asked and last - first + 64 >= 256
+                assert len(cuts) == 2 or (last - first + 64) * width >= asked and last - first + 64 >= 512
         assert spec.closings(piece)[0] == 0 and spec.closings(piece) == sorted(spec.closings(piece))
         assert set(spec.layer_starts()) <= set(spec.closings(piece))
         assert all(start % 16 == 0 for start in spec.closings(piece))
-    assert len(spec.closings(1)) == 8 + 8 + 1
+    assert len(spec.closings(1)) == 4 + 4 + 1
     assert len(spec.closings(2**20)) == 6 + 4 + 1   # nothing hides the first layer's: quarters there
 
 
