@@ -118,6 +118,7 @@ def alone(clouds, hpcmlp, tmp_path_factory):
     ("1,1,1", ("--sync", "ring"), "ring", 3),
     ("3,1,2", ("--sync", "shared"), "ring", 3),
     ("1,1,1,1", (), None, 4),
+    ("2,2", ("--sync", "server"), "server", 2),     # three workers
 ])
 def test_training_over_hosts_is_the_training_of_one_rank(clouds, alone, hpcmlp, tmp_path, ranks, options, sync, nodes):
     done = hpcmlp("train", "--data", clouds, "--out", tmp_path / "run", *SMALL, *options, ranks=ranks)
