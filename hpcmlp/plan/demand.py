@@ -84,6 +84,8 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
         rank["best state"] = owned
     if w.is_local:
         rank["where ranks last met"] = flat * (1 + w.outer)
+    if _is_narrow(w):   # masters and what is owed, for checkpoints
+        rank["gathered for saving"] = flat
     common = flat if shared else 0
     if w.sharded:
         buffers = 4 * sum(buffer_elements(w.spec))
@@ -104,6 +106,11 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
                   int(local * _moment(w, flat)))
 
 
+def _is_narrow(w: Workload) -> bool:
+    """Whether anything is rounded on its way: messages are, node memory is not."""
+    return w.wire != "float32" and (w.nodes if w.sync == "shared" else w.ranks) > 1
+
+
 def _evaluation_rows(w: Workload, split: int) -> int:
     """Samples of split 1 (val) or 2 (test) that a rank takes through a network at once."""
     return min(EVALUATION_ROWS, -(-w.rows[split] // w.ranks))
@@ -115,6 +122,11 @@ def _evaluating(w: Workload) -> int:
 
 
 def _moment(w: Workload, flat: int) -> int:
+    """What a rank adds for a while: copies of what a narrow wire carries, when it saves; what evaluation takes."""
+    return max(_evaluation_moment(w, flat), 2 * flat * _is_narrow(w))
+
+
+def _evaluation_moment(w: Workload, flat: int) -> int:
     """What a rank adds while it evaluates: samples, and copies of the parameters to be judged with their network."""
     ends = w.spec.sizes[0] + w.spec.sizes[-1]
     validation, test = (4 * _evaluation_rows(w, split) * ends if w.rows[split] else 0 for split in (1, 2))

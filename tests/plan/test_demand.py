@@ -193,3 +193,13 @@ def test_the_rings_buffers_are_those_foretold(comm, one_node, overlap, monkeypat
     ring.free()
     held = sum(buffer.nbytes for buffers in made for buffer in buffers)
     assert demand.memory(w, recording, NOTHING).rank["messages"] == held
+
+
+def test_a_narrow_wire_keeps_a_vector_for_saving_where_there_are_messages(workload):
+    flat = 4 * (32 * 16 + 16 + 16 * 16 + 16)
+
+    def kept(**options):
+        w = workload((32, 16, 16), ranks=4, batch=20, wire="bf16", **options)
+        return demand.memory(w, record(w), NOTHING).rank.get("gathered for saving")
+
+    assert kept(sync="ring") == kept(sync="shared", per_node=2) == flat and kept(sync="shared") is None
