@@ -87,8 +87,8 @@ class Exchange:
 
     `params` is meant for what all ranks hold alike (one copy per node in shared memory, unless `own_params`), `grads`
     is this rank's own. `wire` is what crosses the network. `note` says what is not as it was asked for, and why; ""
-    when all is. `why` is why these collectives were taken, "" when they were asked for by name; or by which way a server
-    gets and gives.
+    when all is. `why` is why these collectives were taken, "" when they were asked for by name; or how a server gets
+    and gives.
     """
 
     name: str
@@ -142,9 +142,9 @@ def open_exchange(name: str, topology: Topology, size: int, dtype: Any, own_para
     trial goes on without it. A `wire` other than "float32" is that of the ring, between nodes or between all ranks;
     where there are no messages between ranks it is float32 after all, so that one configuration serves one node and
     many. `note` says so, `why` why "auto" took what it took, or how a server gets and gives. Raises ConfigError for an
-    unknown name, or a wire with "native" or "server". `servers` and `in_step` count for "server" alone: on one node it works in
-    node memory, but where its workers are not in step. With `overlap` "auto" takes only what can be under way while the
-    ranks compute (a collective's `starts`); None lets that count in the trial.
+    unknown name, or a wire with "native" or "server". `servers` and `in_step` count for "server" alone: on one node it
+    works in node memory, but where its workers are not in step. With `overlap` "auto" takes only what can be under way
+    while the ranks compute (a collective's `starts`); None lets that count in the trial.
     """
     check_wire(name, wire)
     taken, why, note = *(rule(topology, wire) if name == "auto" else (name, "")), ""

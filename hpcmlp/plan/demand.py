@@ -242,7 +242,8 @@ def storage(w: Workload, data_on_disk: int) -> dict[str, int]:
 def sent_bytes(w: Workload, recording: Recording, rank: int = 0) -> int:
     """Return the bytes that `rank` hands to others in a step, control words included; exact for ring and shared.
 
-    Local. With shared they are those between nodes; a server on the node of its workers sends none. A call of the MPI library counts as what the rank gives it.
+    Local. With shared they are those between nodes; a server on the node of its workers sends none. A call
+    of the MPI library counts as what the rank gives it.
     """
     if w.is_local:
         return sum(_transfer_bytes(w, half, rank) for half in meeting(w)) // w.local_steps

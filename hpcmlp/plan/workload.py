@@ -49,6 +49,7 @@ class Workload:
     device: str = "cpu"
     sharded: bool = False       # parameters in slices
     recompute: bool = False
+    only_messages: bool = False     # a server without room in its node's memory
 
     @property
     def nodes(self) -> int:
@@ -63,7 +64,8 @@ class Workload:
     @property
     def served_on_node(self) -> bool:
         """Whether servers and workers share one node's memory. Local."""
-        return self.sync == "server" and self.nodes == 1 < self.ranks and not self.staleness
+        messages = self.staleness or self.only_messages
+        return self.sync == "server" and self.nodes == 1 < self.ranks and not messages
 
     @property
     def whole(self) -> bool:

@@ -1,5 +1,6 @@
 """The plan of the run that is under way, and what became of it: foretold and measured side by side at the end."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ class Forecast:
                 c = parts.config
                 machine = find_machine(c.machine, c.network)
                 on_disk = sum(e.bytes for entries in parts.manifest.splits.values() for e in entries)
-                self.outlook: dict[str, Any] | None = outlook(parts.workload(parts.exchange.name), machine, on_disk)
+                name = parts.exchange.name
+                w = replace(parts.workload(name), only_messages=name == "server" and bool(parts.exchange.note))
+                self.outlook: dict[str, Any] | None = outlook(w, machine, on_disk)
 
     def line(self) -> tuple[str, str]:
         """Return name and value of the header's line. Local, on rank 0."""

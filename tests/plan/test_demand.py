@@ -151,6 +151,8 @@ def test_a_server_holds_state_and_a_worker_samples(workload):
     server = 2 * flat + 2 * flat + flat + forward + val     # moments and best parameters whole
     in_step = found()       # parameters once
     assert in_step.node - in_step.copy == server + 2 * worker - 2 * flat
+    by_messages = found(only_messages=True)     # segments of the second worker, parameters of each
+    assert by_messages.node - by_messages.copy == server + 2 * flat + 2 * worker
     nodes = found(per_node=2)   # segments of the second worker
     assert nodes.node - nodes.copy == server + 2 * flat + worker
     assert in_step.rank_bytes == worker

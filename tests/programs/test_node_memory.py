@@ -76,6 +76,17 @@ def test_without_enough_of_it_messages_are_sent_and_the_result_is_right(undistur
     assert parameters(tmp_path / "run") == parameters(undisturbed / taken)
 
 
+def test_a_server_without_room_sends_messages_and_ends_with_the_same_bits(flowers, hpcmlp, small_shm, tmp_path):
+    runs = {"in node memory": (), "by messages": small_shm("size=6m")}
+    for way, within in runs.items():
+        done = hpcmlp("train", "--data", flowers, "--out", tmp_path / way, *WIDE, "--sync", "server", ranks=3,
+                      within=within)
+        assert done.returncode == 0, done.stderr
+        assert f"sync server ({way})" in done.stdout
+        assert ("server by messages instead of node memory: /dev/shm" in done.stdout) == (way == "by messages")
+    assert parameters(tmp_path / "in node memory") == parameters(tmp_path / "by messages")
+
+
 @pytest.mark.skipif(not MPICH, reason="Open MPI starts without")
 @pytest.mark.parametrize("ranks", [None, 3])
 def test_what_mpich_cannot_start_in_is_said_before_it_dies(hpcmlp, small_shm, tmp_path, ranks):
