@@ -240,10 +240,10 @@ def storage(w: Workload, data_on_disk: int) -> dict[str, int]:
 
 
 def sent_bytes(w: Workload, recording: Recording, rank: int = 0) -> int:
-    """Return the bytes that `rank` hands to others in a step, control words included; exact for ring and shared.
+    """Return the bytes that `rank` hands to others in a step; exact, but for native and a server out of step.
 
-    Local. With shared they are those between nodes; a server on the node of its workers sends none. A call
-    of the MPI library counts as what the rank gives it.
+    Local. Control words are included, but with a server. With shared they are those between nodes; a server on the node
+    of its workers sends none. A call of the MPI library counts as what the rank gives it.
     """
     if w.is_local:
         return sum(_transfer_bytes(w, half, rank) for half in meeting(w)) // w.local_steps
@@ -258,8 +258,8 @@ def sent_bytes(w: Workload, recording: Recording, rank: int = 0) -> int:
 
 def _transfer_bytes(w: Workload, event: Transfer, rank: int) -> int:
     size, one_node = w.ranks, w.nodes == 1
-    if w.served_on_node:
-        return 0
+    if w.sync == "server":
+        return _served_bytes(w, event, rank)
     if event.half == "sum":
         if w.sync == "shared":
             return traffic.together_sends(8, w.nodes)
@@ -279,6 +279,20 @@ def _transfer_bytes(w: Workload, event: Transfer, rank: int) -> int:
     if event.half == "reduce":
         return traffic.reduce_sends(bounds, rank, w.wire, event.words)
     return traffic.gather_sends(bounds, rank, w.wire)
+
+
+def _served_bytes(w: Workload, event: Transfer, rank: int) -> int:
+    """A push of the servers' slices, or a pull of one's own by all others."""
+    if w.served_on_node:
+        return 0
+    if event.half == "sum":     # everybody's number to the server that owns it, and back
+        return 8 * (w.ranks - 1 if rank == w.servers - 1 else 1)
+    bounds = 4 * part_bounds(event.elements, w.servers)
+    own = int(bounds[rank + 1] - bounds[rank]) if rank < w.servers else 0
+    if event.half == "gather":
+        return own * (w.ranks - 1)
+    trains = w.workers == w.ranks or rank >= w.servers
+    return (4 * event.elements - own) * trains
 
 
 def _sliced_bytes(w: Workload, rank: int) -> int:

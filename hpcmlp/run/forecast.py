@@ -54,8 +54,8 @@ class Forecast:
         if self.outlook is None:
             return None
         from hpcmlp.plan.compare import compare
-        # What is foretold is the mean over a round of local steps, and a server's counter leaves the words out.
-        alike = not p.local and p.exchange.name != "server"
+        # What is foretold is the mean over a round of local steps; out of step nobody counts by steps.
+        alike = not p.local and p.apart is None
         measured = {"step_s": account.median_step_s or None, "parts_s": parts_s,
                     "memory_bytes_per_node": float(own[0] + code[0]) or None,
                     "sent_bytes_per_rank_and_step": account.bytes_sent if alike else None}

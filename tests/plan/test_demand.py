@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 
 from hpcmlp import traffic
+from hpcmlp.comm.served import Roles
 from hpcmlp.nn.network import NetworkSpec
 from hpcmlp.plan import demand
 from hpcmlp.plan.machine import Process
 from hpcmlp.plan.record import record
 from hpcmlp.plan.workload import Workload
 from hpcmlp.sync.memory import state_bytes
+from hpcmlp.sync.storage import one_bucket
 
 NOTHING = Process(0.0, 0.0)
 
@@ -57,13 +59,12 @@ def test_slices_hold_what_a_sharded_run_was_measured_to_hold(workload, sync, com
     assert one.copy > 0
 
 
-@pytest.mark.mpi
-@pytest.mark.parametrize("sizes, wire, bucket_mb", [
-    ((20, 12, 3), "float32", None), ((64, 512, 64, 5), "float32", 0.05), ((64, 512, 64, 5), "bf16", None),
-    ((64, 512, 64, 5), "int8", 0.05), ((1, 1), "float32", None), ((300, 300, 10), "float32", None)])
-@pytest.mark.parametrize("clip", [None, 1.0])
-def test_the_ring_sends_what_was_foretold_to_the_byte(comm, sizes, wire, bucket_mb, clip, topology):
-    """A real step with real messages; the ring counts the bytes that it hands to MPI (checked in test_bytes)."""
+@pytest.fixture
+def sent_by_steps(comm, topology, given_back):
+    """A function that takes real steps with real messages and returns, per step, the bytes that the collectives count.
+
+    They count what they hand to MPI (checked in test_bytes and test_served).
+    """
     from hpcmlp.comm import open_exchange
     from hpcmlp.data.samples import Batch
     from hpcmlp.nn.losses import Loss
@@ -72,23 +73,47 @@ def test_the_ring_sends_what_was_foretold_to_the_byte(comm, sizes, wire, bucket_
     from hpcmlp.ops.host import HostOps
     from hpcmlp.sync import make_strategy, plan
     from hpcmlp.sync.step import Step
-    spec, rows, ops = NetworkSpec(sizes), 4, HostOps()
-    exchange = open_exchange("ring", topology, spec.layout().size, np.float32, wire=wire)
-    planned = plan(spec, exchange.collective, comm.size, topology.num_nodes, bucket_mb)
-    network = Network(spec, ops, rows, exchange.params, exchange.grads, piece=planned.piece)
-    strategy = make_strategy(False, exchange.collective.narrow)(exchange.collective, planned.buckets, comm.size,
-                                                                network.params, network.grads, ops)
-    optimizer = make_optimizer("adam", ops, spec.layout(), strategy.ranges, np.float32)
-    step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows, clip_norm=clip)
-    x = np.ones((rows, sizes[0]), np.float32)
-    batch = Batch(rows, 0, rows, x, np.arange(rows), np.zeros(rows, np.int32), None)
-    foretold = Workload(spec, comm.size, comm.size, rows * comm.size, optimizer="adam", sync="ring",
-                        bucket_mb=bucket_mb, wire=exchange.wire, clip_norm=clip)
-    for number in range(3):
-        result = step.run(batch, number, 1e-3)
-        assert not result.skipped
-        assert result.bytes_sent == demand.sent_bytes(foretold, record(foretold), comm.rank)
-    exchange.collective.free()
+
+    def run(w, buckets=None):
+        spec, ops, rows = w.spec, HostOps(), w.local_rows
+        exchange = open_exchange(w.sync, topology, spec.layout().size, np.float32, wire=w.wire, servers=w.servers,
+                                 in_step=False)
+        given_back(exchange.collective)
+        planned = plan(spec, exchange.collective, comm.size, topology.num_nodes, w.bucket_mb)
+        network = Network(spec, ops, rows, exchange.params, exchange.grads, piece=planned.piece)
+        strategy = make_strategy(False, exchange.collective.narrow)(
+            exchange.collective, buckets or planned.buckets, comm.size, network.params, network.grads, ops)
+        optimizer = make_optimizer("adam", ops, spec.layout(), strategy.ranges, np.float32)
+        step = Step(network, Loss("softmax_cross_entropy"), optimizer, strategy, ops, rows=rows, clip_norm=w.clip_norm)
+        x = np.ones((rows, spec.sizes[0]), np.float32)
+        batch = Batch(rows, 0, rows, x, np.arange(rows), np.zeros(rows, np.int32), None)
+        results = [step.run(batch, number, 1e-3) for number in range(3)]
+        assert not any(result.skipped for result in results)
+        return [result.bytes_sent for result in results]
+    return run
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("sizes, wire, bucket_mb", [
+    ((20, 12, 3), "float32", None), ((64, 512, 64, 5), "float32", 0.05), ((64, 512, 64, 5), "bf16", None),
+    ((64, 512, 64, 5), "int8", 0.05), ((1, 1), "float32", None), ((300, 300, 10), "float32", None)])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_the_ring_sends_what_was_foretold_to_the_byte(comm, sizes, wire, bucket_mb, clip, sent_by_steps):
+    wire = wire if comm.size > 1 else "float32"
+    w = Workload(NetworkSpec(sizes), comm.size, comm.size, 4 * comm.size, optimizer="adam", sync="ring",
+                 bucket_mb=bucket_mb, wire=wire, clip_norm=clip)
+    assert sent_by_steps(w) == [demand.sent_bytes(w, record(w), comm.rank)] * 3
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("servers", [1, 2, "all"])
+def test_servers_and_workers_send_what_was_foretold_to_the_byte(comm, servers, clip, sent_by_steps):
+    servers = comm.size if servers == "all" else servers
+    w = Workload(NetworkSpec((64, 512, 64, 5)), comm.size, comm.size, 4 * comm.size, optimizer="adam", sync="server",
+                 servers=servers, clip_norm=clip, only_messages=True)
+    buckets = one_bucket(w.spec.layout().size, Roles(servers, comm.size))
+    assert sent_by_steps(w, buckets) == [demand.sent_bytes(w, record(w), comm.rank)] * 3
 
 
 def test_shared_memory_sends_nothing_on_a_node_and_a_share_between_nodes(workload):
