@@ -31,8 +31,8 @@ MOVED = {"adam": 7, "momentum": 5, "rmsprop": 5, "finite": 1, "sum_squares": 1, 
 class Memory:
     """Bytes: `rank`, by part, of the rank that holds most; `node`, of all ranks of a node; and for a moment more.
 
-    `copy` is what rank 0 keeps for saving, counted in the first node's `node`; `moment` is what validation, or the
-    final evaluation, adds there while it lasts.
+    `copy` is what rank 0 keeps for saving, counted in the first node's `node`; `moment` is what validation, the
+    final evaluation, or saving what a narrow wire carries, adds there while it lasts.
     """
 
     rank: dict[str, int]
@@ -84,7 +84,7 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
         rank["best state"] = owned
     if w.is_local:
         rank["where ranks last met"] = flat * (1 + w.outer)
-    if _is_narrow(w):   # masters and what is owed, for checkpoints
+    if _is_narrow(w):   # masters, then what is owed, for checkpoints
         rank["gathered for saving"] = flat
     common = flat if shared else 0
     if w.sharded:
@@ -102,8 +102,8 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
         rank = max(server, worker, key=lambda parts: sum(parts.values()))
     # Saved array by array where parameters are in slices.
     copy = 0 if w.sharded else flat * (1 + state_vectors(w) + w.ema + bool(w.rows[1]) + w.is_local * w.outer)
-    return Memory({name: int(value) for name, value in rank.items() if value}, int(node + copy), copy,
-                  int(local * _moment(w, flat)))
+    moment = max(local * _moment(w, flat), 2 * flat * _is_narrow(w))    # rank 0 alone keeps what is carried
+    return Memory({name: int(value) for name, value in rank.items() if value}, int(node + copy), copy, int(moment))
 
 
 def _is_narrow(w: Workload) -> bool:
@@ -122,11 +122,6 @@ def _evaluating(w: Workload) -> int:
 
 
 def _moment(w: Workload, flat: int) -> int:
-    """What a rank adds for a while: copies of what a narrow wire carries, when it saves; what evaluation takes."""
-    return max(_evaluation_moment(w, flat), 2 * flat * _is_narrow(w))
-
-
-def _evaluation_moment(w: Workload, flat: int) -> int:
     """What a rank adds while it evaluates: samples, and copies of the parameters to be judged with their network."""
     ends = w.spec.sizes[0] + w.spec.sizes[-1]
     validation, test = (4 * _evaluation_rows(w, split) * ends if w.rows[split] else 0 for split in (1, 2))

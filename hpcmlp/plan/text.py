@@ -111,7 +111,7 @@ def _memory(o: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {num_bytes(size)}" for name, size in o["memory_parts"].items())
     return (f"{num_bytes(o['memory_bytes_per_rank'])} a rank ({parts}); {num_bytes(o['memory_bytes_per_node'])} a "
             f"node ({num_bytes(o['memory_copy_bytes'])} of it rank 0's copy for saving), "
-            f"{num_bytes(o['memory_moment_bytes'])} more while the best state is evaluated")
+            f"{num_bytes(o['memory_moment_bytes'])} more for a moment while it evaluates or saves")
 
 
 def _storage(o: dict[str, Any]) -> str:

@@ -148,7 +148,7 @@ class Session:
         for name, (strategy, array) in vectors.items():
             flats[name] = self._collect(name, strategy, array)
         messages.barrier(self.comm)  # what the others write is there
-        carried = self._exchange.carried()
+        carried = self._exchange.carried(keep)
         if not keep:
             return None
         flats |= {f"sync/{name}": flat for name, flat in carried.items()}

@@ -323,9 +323,9 @@ class LocalStep(Step):
         """Return the checksum of what must be the same on all ranks: the anchor. Local."""
         return self.ops.checksum(self.outer.params)
 
-    def carried(self) -> dict[str, np.ndarray]:
+    def carried(self, keep: bool = True) -> dict[str, np.ndarray]:
         """Return what the exchanges still owe, as `sync.strategy.SlicedUpdate.carried` does. Collective."""
-        return self.outer.carried()
+        return self.outer.carried(keep)
 
     def take_up(self, carried: dict[str, np.ndarray]) -> None:
         """Begin a round where this rank's parameters are, the same on all ranks, and with `carried`. Local."""

@@ -73,13 +73,14 @@ class NarrowUpdate(SlicedUpdate):
         _, own = self._places[k]
         return self._sent_params[bucket.start:bucket.stop], bucket.bounds, self._masters[own]
 
-    def carried(self) -> dict[str, np.ndarray]:
+    def carried(self, keep: bool = True) -> dict[str, np.ndarray]:
         """Return the masters too ("master"). Collective."""
         flat = self._kept()
         for place, own in self._places:
             flat[place] = self._masters[own]
         self._gather(flat)
-        return {"master": flat.copy(), **super().carried()}
+        master = {"master": flat.copy()} if keep else {}
+        return {**master, **super().carried(keep)}
 
     def take_up(self, carried: dict[str, np.ndarray]) -> None:
         """Go on from `carried`; without a "master" in it the parameters are the masters. Local."""

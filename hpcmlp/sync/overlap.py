@@ -176,6 +176,6 @@ class Overlapped(SlicedUpdate):
         self.finish()
         return super().whole(owned, keep)
 
-    def carried(self) -> dict[str, np.ndarray]:
+    def carried(self, keep: bool = True) -> dict[str, np.ndarray]:
         self.finish()
-        return super().carried()
+        return super().carried(keep)

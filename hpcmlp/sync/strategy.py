@@ -118,10 +118,11 @@ class SlicedUpdate:
         for bucket in self.buckets:
             self.collective.all_gather(flat[bucket.start:bucket.stop], bucket.bounds)
 
-    def carried(self) -> dict[str, np.ndarray]:
+    def carried(self, keep: bool = True) -> dict[str, np.ndarray]:
         """Return, by name, the flat host vectors that a checkpoint must hold besides for an exact resumption.
 
-        Collective: what narrow reductions still owe the gradient ("residual") is added up over the ranks, here too.
+        Collective: what narrow reductions still owe the gradient ("residual") is added up over the ranks, here too. A
+        rank without `keep` helps the others and gets {}.
         """
         if not self.collective.narrow:
             return {}
@@ -129,7 +130,7 @@ class SlicedUpdate:
         for bucket in self.buckets:
             piece = slice(bucket.start, bucket.stop)
             self.collective.settle(self._sent_grads[piece], bucket.bounds, flat[piece])
-        return {"residual": flat.copy()}
+        return {"residual": flat.copy()} if keep else {}
 
     def take_up(self, carried: dict[str, np.ndarray]) -> None:
         """Go on from `carried`, which all ranks hold alike, at any rank count and wire it comes from.

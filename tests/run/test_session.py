@@ -22,7 +22,7 @@ def session(comm, whole=False):
     layout = SimpleNamespace(size=SIZE, views=lambda flat: {"all": flat})
     network = SimpleNamespace(layout=layout, dtype=np.dtype(np.float32), params=np.arange(SIZE, dtype=np.float32))
     ranges = [(0, SIZE)] if whole else ranges_of(comm, comm.rank)
-    strategy = SimpleNamespace(ranges=ranges, finish=lambda: None, carried=dict,
+    strategy = SimpleNamespace(ranges=ranges, finish=lambda: None, carried=lambda keep: {},
                                ops=SimpleNamespace(to_host=lambda array, out: np.copyto(out, array)),
                                owned=lambda flat: np.concatenate([flat[a:b] for a, b in ranges]))
     state = {"m": strategy.owned(network.params) + 0.25, "v": strategy.owned(network.params) + 0.5}

@@ -157,6 +157,7 @@ def test_replicas_stay_within_a_rounding_of_the_masters_and_a_skipped_step_chang
     assert step.run(batch, 10, 0.01).skipped
     np.testing.assert_array_equal(params, before)
     np.testing.assert_array_equal(strategy.carried()["master"], master)
+    assert strategy.carried(keep=False) == {}
     for old, new in zip(state, step.optimizer.state.values(), strict=True):
         np.testing.assert_array_equal(old, new)
 
