@@ -17,7 +17,7 @@ all-msg   `Served` with as many servers as ranks.
 ring      `comm.ring.Ring`: reduce-scatter and all-gather, for the same work as `all`.
 
 As in a step, gradients and parameters are arrays of their own, and gradients are written anew before each round; the
-owners' update is a copy, which is timed everywhere alike. Only `one`, `all` and `ring` carry the step's control words.
+owners' update is a copy, which is timed everywhere alike. All but `gather` and `window` carry the step's control words.
 Windows in shared memory (`window`) are left out where the ranks are on several nodes.
 """
 
@@ -135,7 +135,7 @@ def ways(size):
     one = np.array([0] + [size] * COMM.size)
     found = {"gather": Gathered(size), **({"window": Window(size)} if TOPOLOGY.num_nodes == 1 else {})}
     for name, servers, bounds in (("one", 1, one), ("all", COMM.size, every)):
-        taken = open_exchange("server", TOPOLOGY, size, np.float32, servers=servers).collective
+        taken = open_exchange("server", TOPOLOGY, 1, np.float32, servers=servers).collective
         found[name] = Collective(size, taken, bounds)
         found[f"{name}-msg"] = Collective(size, Served(COMM, servers), bounds)
     return {**found, "ring": Collective(size, Ring(COMM), every)}

@@ -36,6 +36,7 @@ class ServedOnNode(Shared):
         self.roles = Roles(servers, topology.size)
         super().__init__(topology, **options)
         self.bytes_received = 0
+        self._others = sum(rank != topology.rank for rank in self.roles.workers)
 
     def reduce_scatter(self, array: np.ndarray, bounds: Bounds, words: np.ndarray | None = None) -> None:
         """As `Served.reduce_scatter`, of an array made by `empty`; for how long neighbours read it see `Shared`.
@@ -44,7 +45,7 @@ class ServedOnNode(Shared):
         """
         plan = self._plan_in_node(array, bounds)
         self._reduce_on_node(plan, words)
-        self.bytes_received += plan.share.nbytes * sum(rank != self.local_rank for rank in self.roles.workers)
+        self.bytes_received += plan.share.nbytes * self._others
 
     def _order(self) -> list[int]:
         return list(self.roles.workers)

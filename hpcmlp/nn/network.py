@@ -29,8 +29,8 @@ from hpcmlp.nn.layout import Layout
 FROM_SIGN = frozenset({"relu", "leaky_relu", "identity"})
 EVALUATION_ROWS = 1024  # that a rank takes through the network at once while it validates
 PLANS_KEPT = 8  # row counts whose views are kept; a run has two or three
-# Of a piece of a weight, at least. 2048 rows through 784-2048 and 2048-2048 take 3 % longer in pieces of 512 rows on an
-# AMD EPYC, 8 % in 256, 15 % in 128; a step over 1 Gbit/s is shorter with 512 than with 256 or 1024.
+# Of a piece of a weight, at least. 2048 samples through 784-2048 and 2048-2048 take 1 % longer in pieces of 512 rows on
+# an AMD EPYC, 6 % in 256, 12 % in 128 (benchmarks/notes/2026-11-28-server-on-a-node.md, with steps over 1 Gbit/s).
 PIECE_ROWS = 512
 FIRST_LAYER = 4  # so much smaller are pieces of the first layer: nothing hides its last gradient and first parameters
 ROW_ALIGN = 64  # pieces begin at multiples: aligned in memory for any width, and whole tiles of the matrix product
