@@ -6,9 +6,10 @@
     .venv/bin/python benchmarks/plan_accuracy.py table results.json link.json
 
 Every run trains with Adam on made-up samples of 784 float32 inputs, one BLAS thread a rank, and its summary.json holds
-both sides. `link` calibrates and runs on two hosts with one core and one rank each, joined by a link of that rate (see
-tests/cluster/hosts.py). Long tables can be made in pieces: `--only 0:6` takes some configurations, `--repeat` each of
-them so often, in turn. Ratios are measured / foretold.
+both sides. `link` calibrates and runs on two hosts with one core and `--per-host` ranks each, joined by a link of that
+rate (see tests/cluster/hosts.py): one each with the ring, more with ring and node memory; they share their host's core.
+Long tables can be made in pieces: `--only 0:6` takes some configurations, `--repeat` each of them so often, in turn.
+Ratios are measured / foretold.
 """
 
 import argparse
@@ -31,7 +32,7 @@ RUNS = [("256", 64, 1, "ring", 400), ("256", 64, 2, "shared", 400), ("256", 1024
         ("1024,1024", 1024, 2, "shared", 50), ("2048,2048", 256, 2, "shared", 40), ("2048,2048", 1024, 1, "ring", 12),
         ("2048,2048", 2048, 2, "ring", 12), ("4096,4096,4096", 128, 2, "shared", 12),
         ("4096,4096,4096", 512, 1, "ring", 8)]
-LINK_RUNS = [("512,256", 512, 2, "ring", 60), ("1024,1024", 1024, 2, "ring", 30), ("2048,2048", 2048, 2, "ring", 15)]
+LINK_RUNS = [("512,256", 512, 60), ("1024,1024", 1024, 30), ("2048,2048", 2048, 15)]     # hidden, batch, steps
 MEASURED = ("step_s", "compute_s", "comm_s", "wait_s", "input_s", "memory_bytes_per_node",
             "sent_bytes_per_rank_and_step")
 
@@ -80,8 +81,14 @@ def run_all(cases: list[tuple], launch, args: argparse.Namespace, folder: Path, 
 
 
 def on_hosts(args: argparse.Namespace) -> list[str]:
-    return [sys.executable, str(HOSTS), "--hosts", "2", "--ranks", "1", "--cores", "1", "--rate", f"{args.mbit:g}mbit",
-            "--", "{mpiexec}"]
+    return [sys.executable, str(HOSTS), "--hosts", "2", "--ranks", str(args.per_host), "--cores", "1", "--rate",
+            f"{args.mbit:g}mbit", "--", "{mpiexec}"]
+
+
+def link_runs(per_host: int) -> list[tuple]:
+    """The configurations of `link`: a rank alone on its host has no node memory to share."""
+    return [(hidden, batch, 2 * per_host, sync, steps) for hidden, batch, steps in LINK_RUNS
+            for sync in ("ring", "shared")[:per_host]]
 
 
 def table(paths: list[Path]) -> None:
@@ -124,6 +131,7 @@ def main() -> None:
     parser.add_argument("--mpiexec", default=str(Path(sys.executable).with_name("mpiexec")))
     parser.add_argument("--machine", default="machine.json", help="machine file to write (calibrate) or use (runs)")
     parser.add_argument("--mbit", type=float, default=1000, help="rate of the link, Mbit/s (link)")
+    parser.add_argument("--per-host", type=int, default=1, help="ranks of each of the two hosts (link, default 1)")
     parser.add_argument("--only", default=":", help="configurations to run, as first:last (runs)")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10_000, help="most steps of a run: 3 do for memory and traffic")
@@ -145,7 +153,7 @@ def main() -> None:
             environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
             subprocess.run([*on_hosts(args), sys.executable, "-m", "hpcmlp", "bench", "--calibrate", args.machine],
                            check=True, env=environ)
-            run_all(LINK_RUNS, lambda ranks: on_hosts(args), args, Path(folder),
+            run_all(link_runs(args.per_host), lambda ranks: on_hosts(args), args, Path(folder),
                     f", 2 hosts, {args.mbit:g} Mbit/s")
 
 

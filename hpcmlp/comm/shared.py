@@ -22,7 +22,6 @@ stores of counters in shared memory (`meet` in ops/_fused_node.h), else Win.Sync
 programming", Computing 95 (2013).
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -33,9 +32,8 @@ from hpcmlp import node_memory
 from hpcmlp.comm.messages import broadcast_bytes
 from hpcmlp.comm.prepared import Prepared
 from hpcmlp.comm.ring import Bounds, Ring
-from hpcmlp.comm.topology import Topology
+from hpcmlp.comm.topology import Topology, usable_cores
 from hpcmlp.errors import Unavailable
-from hpcmlp.launch import cpu_quota
 from hpcmlp.ops.host import kernels
 from hpcmlp.traffic import small_limit
 
@@ -93,7 +91,7 @@ class Shared:
                 self._agree("")
                 self.node.Barrier()
             self._kernels = self._common_kernels() if fused else None
-            self._crowded = self._cores() < self.local_size
+            self._crowded = usable_cores(self.node) < self.local_size
             self._open_stage()
         except SharedUnavailable:
             self.free()
@@ -119,14 +117,6 @@ class Shared:
         every = np.array([hasattr(own, "meet")], np.int64)
         self.node.Allreduce(MPI.IN_PLACE, every, MPI.MIN)
         return own if every[0] else None
-
-    def _cores(self) -> int:
-        """Return how many cores the ranks of this node may use together."""
-        held = np.zeros(4096, np.uint8)
-        held[[core for core in os.sched_getaffinity(0) if core < held.size]] = 1
-        self.node.Allreduce(MPI.IN_PLACE, held, MPI.MAX)
-        quota = cpu_quota()
-        return int(held.sum() if quota is None else min(held.sum(), quota))
 
     def empty(self, size: int, dtype: Any) -> np.ndarray:
         """Return a zeroed (size,) array that the ranks of this node reach in place.

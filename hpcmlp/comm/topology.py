@@ -5,6 +5,8 @@ import os
 import numpy as np
 from mpi4py import MPI
 
+from hpcmlp.launch import cpu_quota
+
 
 class Topology:
     """The place of this rank, and the communicators that go with it.
@@ -50,6 +52,15 @@ class Topology:
         """
         for comm in self.made:
             comm.Free()
+
+
+def usable_cores(node: MPI.Intracomm) -> int:
+    """Return how many cores the ranks of `node` may use together, 1 at least. Collective over `node`, one node's."""
+    held = np.zeros(4096, np.uint8)
+    held[[core for core in os.sched_getaffinity(0) if core < held.size]] = 1
+    node.Allreduce(MPI.IN_PLACE, held, MPI.MAX)
+    quota = cpu_quota()
+    return max(1, int(held.sum() if quota is None else min(held.sum(), quota)))
 
 
 def _blas_threads() -> int:

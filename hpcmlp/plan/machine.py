@@ -40,12 +40,14 @@ class Process:
     ----------
     own, code : bytes of a rank (interpreter, modules, MPI), and of the code that a node's ranks have in common.
     row_bytes, block_rows : of the BLAS's own buffers, see `blas_bytes`.
+    messages : what MPI takes for itself in a rank once ranks exchange something.
     """
 
     own: float
     code: float
     row_bytes: float = 0.0
     block_rows: float = 0.0
+    messages: float = 0.0
 
     def blas_bytes(self, products: Iterable[tuple[int, int, int]]) -> float:
         """Return the bytes into which the BLAS copies operands of `products`, and which it keeps.
@@ -77,7 +79,8 @@ class Machine:
     ----------
     name, source : what it is, and who says so (a measurement with its date, or a published figure).
     cores, memory_bytes : of a node. threads : BLAS threads of a rank while it was measured.
-    busy : ranks of a node that were measured together. The tables of `products` and `ops` are by "1" and str(busy).
+    busy : ranks of a node that were measured together, no more than have a core. The tables of `products` and `ops` are
+        by "1" and str(busy).
     products : per busy count, per kind of product: {"m", "k", "n": ascending sizes, "s": seconds [m][k][n]}.
     ops : per busy count, per operation a table over elements.
     node : tables over bytes between ranks of a node: "reduce" and "gather", one hop of the ring; "together", one call
@@ -91,6 +94,7 @@ class Machine:
     start_s : until the first step. read_s_per_byte, write_s_per_byte : of the file system.
     process_bytes, shared_bytes : what a rank holds beside its arrays: alone, and in common with the node's others (code
         of libraries). panel_bytes, block_rows : of the BLAS's own buffers (`Process.row_bytes`, `Process.block_rows`).
+    message_bytes : of MPI's own, once ranks exchange something (`Process.messages`).
     watts : power per core (or GPU) in use, None where nobody said.
     """
 
@@ -115,6 +119,7 @@ class Machine:
     shared_bytes: float = 0.0
     panel_bytes: float = 0.0
     block_rows: float = 0.0
+    message_bytes: float = 0.0
     watts: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)     # versions and what else a reader may want; not used
 
@@ -134,12 +139,15 @@ class Machine:
         one = read(by_busy["1"])
         all_busy = read(by_busy[str(self.busy)])
         share = 0.0 if self.busy == 1 else min(1.0, (ranks - 1) / (self.busy - 1))
-        turns = max(1.0, ranks * self.threads / max(self.cores, 1))
-        return (one + share * (all_busy - one)) * turns
+        return (one + share * (all_busy - one)) * self._turns(ranks)
+
+    def _turns(self, ranks: int) -> float:
+        """How many times as long ranks compute that take turns on the cores."""
+        return max(1.0, ranks * self.threads / max(self.cores, 1))
 
     def fixed_s(self, ranks: int) -> float:
         """Return what a step costs beside its operations where `ranks` ranks of a node take it. Local."""
-        return self.step_s["1"] if ranks == 1 else self.step_s[str(self.busy)]
+        return (self.step_s["1"] if ranks == 1 else self.step_s[str(self.busy)]) * self._turns(ranks)
 
     def wait_s(self, computing_s: float, ranks: int) -> float:
         """Return how much later than the mean rank the last of `ranks` is that compute `computing_s`. Local.
@@ -158,7 +166,7 @@ class Machine:
     @property
     def process(self) -> Process | None:
         """What ranks hold beside their arrays, as `demand.memory` takes it; None where it is not known."""
-        return Process(self.process_bytes, self.shared_bytes, self.panel_bytes, self.block_rows) \
+        return Process(self.process_bytes, self.shared_bytes, self.panel_bytes, self.block_rows, self.message_bytes) \
             if self.process_bytes else None
 
     @property

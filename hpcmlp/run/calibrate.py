@@ -1,7 +1,8 @@
 """Measure a machine in about a minute: rates of products, passes, messages, node memory, files, and what a rank holds.
 
-Every table is taken twice where a node has several ranks: by one of them while the others sleep, and by all at once,
-since ranks share memory, caches and clock. A time is the median of a few calls; over ranks their mean, of what ranks do
+Every table is taken twice where a node has several ranks: by one of them while the others sleep, and by all at once, as
+far as they have a core each, since ranks share memory, caches and clock. What they wait for together is timed with all.
+A time is the median of a few calls; over ranks their mean, of what ranks do
 together the slowest. Operations are those of training (`ops`, `comm`), called as training calls them.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from hpcmlp.comm import make_collective, messages
 from hpcmlp.comm.ring import Ring
 from hpcmlp.comm.shared import SharedUnavailable
-from hpcmlp.comm.topology import Topology
+from hpcmlp.comm.topology import Topology, usable_cores
 from hpcmlp.data.loader import Loader
 from hpcmlp.data.manifest import Manifest
 from hpcmlp.data.samples import Batch
@@ -34,6 +35,7 @@ from hpcmlp.plan.workload import Workload
 from hpcmlp.run.io_rates import forget
 from hpcmlp.run.memory import held_bytes
 from hpcmlp.sync import make_strategy, plan
+from hpcmlp.sync.buckets import part_bounds
 from hpcmlp.sync.step import Step
 from hpcmlp.traffic import small_limit
 
@@ -46,6 +48,7 @@ MOST_FLOPS = 2.2e9      # of one product: larger ones are cut, longest side firs
 ELEMENTS = tuple(256 * n for n in (1, 8, 66, 528, 2112, 8448, 33792))   # no high powers of two, for the same reason
 BYTES = (2**6, 2**10, 2**13, 2**16, 2**18, 2**20, 2**22, 2**24)
 PART_BYTES = (2**10, 2**13, 2**16, 2**18, 2**20, 2**22, 2**23)
+MESSAGE_BYTES, MOST_MESSAGE_BYTES = 1 << 21, 1 << 26     # of a rank's part of what shows MPI's buffers, of all of it
 ENOUGH_S = 2e-3         # of calls to take a median of, three at least
 FILE_BYTES = 1 << 25
 SMALL, SMALL_ROWS = (256, 128, 10), 32  # a network and local batch whose step has much cost beside its operations
@@ -71,8 +74,8 @@ class Calibration:
     def run(self, name: str, source: str, watts: float | None, facts: dict[str, Any]) -> Machine:
         """Return the machine. Collective."""
         t = self.topology
-        busy = t.local_size
-        machine = Machine(name, source, node_cores(), node_memory_bytes(), self.threads, busy, watts=watts, facts=facts)
+        cores, busy = busy_ranks(t, self.threads)
+        machine = Machine(name, source, cores, node_memory_bytes(), self.threads, busy, watts=watts, facts=facts)
         products, ops = {}, {}
         for measure, into in ((self._products, products), (self._passes, ops)):
             rounds: dict[int, list[Any]] = {1: [], busy: []}
@@ -85,12 +88,10 @@ class Calibration:
         machine = replace(machine, products=products, ops=ops, node=self._node(), net=self._net(),
                           read_s_per_byte=read, write_s_per_byte=write, process_bytes=self.process.own,
                           shared_bytes=self.process.code, panel_bytes=self.process.row_bytes,
-                          block_rows=self.process.block_rows)
+                          block_rows=self.process.block_rows, message_bytes=self.process.messages)
         input_s, row_s = self._input()
         machine = replace(machine, input_s=input_s, row_s=row_s, late_s=self._lateness())
-        step_s = {"1": self._left_over(machine, together=False)}
-        step_s[str(busy)] = self._left_over(machine, together=busy > 1)
-        return replace(machine, step_s=step_s)
+        return replace(machine, step_s={str(count): self._left_over(machine, count) for count in sorted({1, busy})})
 
     # ---- who measures
 
@@ -129,9 +130,28 @@ class Calibration:
         grown, row_bytes, block_rows = blas_buffers(self.ops)
         from hpcmlp.run import checkpoint, evaluation, forecast, judge  # noqa: F401  and all that they bring
         self._input()
-        self._small_step_s(together=True)
+        alone = self.topology.node.Split(self.topology.local_rank)
+        self._small_step_s(alone)
+        alone.Free()
         own, code = held_bytes()
-        return Process(own - grown, code, row_bytes, block_rows)
+        if self.comm.size > 1:
+            self._exchange()
+        return Process(own - grown, code, row_bytes, block_rows, max(0, held_bytes()[0] - own))
+
+    def _exchange(self) -> None:
+        """Send large messages inside and between nodes and open a node's memory, as training does, and keep nothing."""
+        for comm in (self.topology.node, self.topology.cross):
+            ring = Ring(comm, small_bytes=0)
+            array = ring.empty(min(MESSAGE_BYTES * ring.size, MOST_MESSAGE_BYTES) // 4, np.float32)
+            bounds = part_bounds(array.size, ring.size)
+            for _ in range(4):
+                ring.reduce_scatter(array, bounds)
+                ring.all_gather(array, bounds)
+            ring.free()
+        try:
+            make_collective("shared", self.topology).free()
+        except SharedUnavailable:
+            pass
 
     # ---- one rank
 
@@ -387,21 +407,21 @@ class Calibration:
         row_s = max(0.0, (seconds[1] - seconds[0]) / (2048 - 16))
         return self._mean(max(0.0, seconds[0] - 16 * row_s)), self._mean(row_s)
 
-    def _left_over(self, machine: Machine, together: bool) -> float:
-        """Seconds of a small real step, of a rank alone or of all of a node together, beside what is in the tables."""
-        seconds = self._small_step_s(together)
-        if self.topology.rank:
+    def _left_over(self, machine: Machine, count: int) -> float:
+        """Seconds of a small real step that `count` ranks of a node take together, beside what is in the tables."""
+        t = self.topology
+        own = t.node.Split(max(0, t.local_rank - count + 1), t.local_rank)
+        seconds = self._on(count, lambda: self._small_step_s(own))
+        own.Free()
+        if t.rank:
             return 0.0      # rank 0's machine is the one that is kept
-        size = self.topology.local_size if together else 1
-        w = Workload(NetworkSpec(SMALL), size, size, SMALL_ROWS * size, optimizer="adam", sync="ring")
+        w = Workload(NetworkSpec(SMALL), count, count, SMALL_ROWS * count, optimizer="adam", sync="ring")
         bare = replace(machine, step_s=dict.fromkeys(("1", str(machine.busy)), 0.0), input_s=0.0, row_s=0.0)
         return max(0.0, seconds - step_time(w, bare).step_s)
 
-    def _small_step_s(self, together: bool) -> float:
-        """Median seconds of a small real step, the mean over the ranks."""
-        t, spec, rows = self.topology, NetworkSpec(SMALL), SMALL_ROWS
-        size = t.local_size if together else 1
-        own = t.node.Split(0 if together else t.local_rank, t.local_rank)
+    def _small_step_s(self, own: Any) -> float:
+        """Median seconds of a small real step of the ranks of `own`. Collective over `own`."""
+        spec, rows, size = NetworkSpec(SMALL), SMALL_ROWS, own.size
         ring = Ring(own, small_bytes=small_limit(size, True))
         network = Network(spec, self.ops, rows, ring.empty(spec.layout().size, np.float32),
                           ring.empty(spec.layout().size, np.float32))
@@ -418,10 +438,8 @@ class Calibration:
             begin = time.perf_counter()
             step.run(batches[number % 16], number, 1e-3)
             taken.append(time.perf_counter() - begin)
-        seconds = self._mean(float(np.median(taken[20:])))
         ring.free()
-        own.Free()
-        return seconds
+        return float(np.median(taken[20:]))
 
 
 ROWS_OF_SOURCE, SOURCE_WIDTH = 8192, 512
@@ -495,6 +513,19 @@ def blas_buffers(ops: Any) -> tuple[float, float, float]:
     row_bytes = max(0.0, (high - low) / (BLAS_ROWS[1] - BLAS_ROWS[0]))
     block_rows = max(0.0, (low - begin) / row_bytes - BLAS_ROWS[0]) if row_bytes else 0.0
     return high - begin, row_bytes, block_rows
+
+
+def busy_ranks(topology: Topology, threads: int) -> tuple[int, int]:
+    """Return the cores of a node, and how many of its ranks have `threads` cores each.
+
+    Collective over the topology's ranks; of several nodes the one with the fewest cores for its ranks. Where they do
+    not suffice, the cores are those that the ranks share: a rank that is bound to some says nothing of all there are.
+    """
+    fewest = np.array([-float(usable_cores(topology.node))])
+    messages.max_in_place(topology.comm, fewest)
+    usable = int(-fewest[0])
+    busy = min(topology.local_size, max(1, usable // threads))
+    return usable if busy < topology.local_size else node_cores(), busy
 
 
 def node_cores() -> int:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from hpcmlp.comm.topology import Topology
+from hpcmlp.comm.topology import Topology, usable_cores
 
 SHOW = """
 from hpcmlp import launch
@@ -29,6 +29,20 @@ def test_places_are_consistent(comm):
     for spread, values in zip((topology.local_sizes, topology.cores), zip(*seen, strict=True), strict=True):
         assert spread == (min(values), max(values))
     topology.free()
+
+
+@pytest.mark.mpi
+def test_cores_that_several_ranks_may_use_count_once(comm):
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)
+    try:
+        os.sched_setaffinity(0, {cores[comm.rank % len(cores)]})
+        assert usable_cores(comm) == min(comm.size, len(cores))
+        os.sched_setaffinity(0, {cores[0]})
+        assert usable_cores(comm) == 1
+    finally:
+        os.sched_setaffinity(0, before)
+        comm.Barrier()
 
 
 def test_the_header_says_where_ranks_have_different_cores_and_threads(run_ranks):

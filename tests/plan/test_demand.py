@@ -34,6 +34,14 @@ def test_memory_by_hand(workload):
     assert found.node == flat + 2 * (2 * flat + activations + 50 * 132 + 1000) + found.copy + 300
 
 
+def test_mpi_takes_memory_of_its_own_where_there_is_somebody_to_talk_to(workload):
+    for ranks, talks in ((1, 0), (2, 1), (4, 1)):
+        w = workload(ranks=ranks)
+        quiet, talking = (demand.memory(w, record(w), Process(1000, 300, messages=m)) for m in (0, 70))
+        assert talking.rank["process"] == 1000 + 70 * talks and quiet.rank["process"] == 1000
+        assert talking.node - quiet.node == 70 * talks * ranks
+
+
 def test_ring_and_full_update_hold_more_than_shared_memory(workload):
     def node(**options):
         w = workload((256, 512, 10), ranks=4, batch=64, **options)

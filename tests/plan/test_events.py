@@ -91,6 +91,10 @@ def test_ranks_without_a_core_each_take_turns(workload, machine):
     four = step_time(workload((300, 300, 10), ranks=4, batch=64), machine)
     eight = step_time(workload((300, 300, 10), ranks=8, per_node=8, batch=128), machine)
     assert eight.parts["products"] == pytest.approx(2 * four.parts["products"])
+    one_core = replace(machine, cores=1, busy=1, step_s={"1": 1e-5})    # measured by one of two ranks that share it
+    two = step_time(workload((300, 300, 10), ranks=2, batch=32), one_core)
+    assert two.parts["products"] == pytest.approx(2 * four.parts["products"])
+    assert two.parts["fixed"] == pytest.approx(2e-5)
 
 
 def test_what_the_machine_file_does_not_know_is_an_error(workload, machine):

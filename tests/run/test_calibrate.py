@@ -1,11 +1,13 @@
-"""How far ranks are apart that do the same, out of their times."""
+"""How far ranks are apart that do the same, out of their times; which ranks are measured at once."""
 
+import os
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from hpcmlp.run.calibrate import SPREAD_WINDOWS, spread
+from hpcmlp.comm.topology import Topology
+from hpcmlp.run.calibrate import SPREAD_WINDOWS, busy_ranks, node_cores, spread
 
 
 @pytest.mark.parametrize("ranks, calls", [(2, 1024), (3, 1100), (8, 2048)])
@@ -30,3 +32,20 @@ def test_chance_grows_with_the_root_and_a_slow_rank_with_the_time():
 
 def test_ranks_that_are_never_apart_still_make_a_table():
     assert all(apart > 0 for _, apart in spread(np.ones((2, SPREAD_WINDOWS[-1]))))
+
+
+@pytest.mark.mpi
+def test_ranks_are_measured_at_once_as_far_as_each_has_its_cores(comm):
+    topology, before = Topology(comm), os.sched_getaffinity(0)
+    cores = sorted(before)
+    apart = min(comm.size, len(cores))
+    try:
+        os.sched_setaffinity(0, {cores[comm.rank % len(cores)]})
+        assert busy_ranks(topology, 1) == (node_cores() if apart == comm.size else apart, apart)
+        os.sched_setaffinity(0, {cores[0]})
+        assert busy_ranks(topology, 1) == (node_cores() if comm.size == 1 else 1, 1)
+        assert busy_ranks(topology, 4)[1] == 1
+    finally:
+        os.sched_setaffinity(0, before)
+        comm.Barrier()
+        topology.free()
