@@ -49,7 +49,7 @@ def small_limit(size: int, one_node: bool = False) -> int:
     return min(2**18, 2**20 // size)
 
 
-def least_bytes(size: int, latency_s: float, s_per_byte: float, delay_s: float, loss: float = 0.05) -> int:
+def least_bytes(size: int, latency_s: float, s_per_byte: float, delay_s: float, loss: float) -> int:
     """Return the size from which on an array's collectives spend at most the share `loss` of their time on latency.
 
     Local. A hop of n bytes in all takes delay_s + latency_s + n / size * s_per_byte among `size` ranks.

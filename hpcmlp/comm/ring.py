@@ -167,7 +167,7 @@ class Ring:
                 sends.append(self.comm.Isend(piece, self._right, BROADCAST_TAG))
         MPI.Request.Waitall(sends)
 
-    def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
+    def least_bytes(self, delay_s: float, loss: float) -> int:
         """Return the size from which on an array's collectives spend at most the share `loss` of their time on latency.
 
         Collective over `comm`: from a short measurement between neighbours, the same on all ranks. A hop of n bytes in

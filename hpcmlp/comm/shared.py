@@ -302,7 +302,7 @@ class Shared:
         """
         self._meet()
 
-    def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
+    def least_bytes(self, delay_s: float, loss: float) -> int:
         """Return what `Ring.least_bytes` says of the ring between nodes, for arrays of which each rank carries a share.
 
         Collective over the ranks. On one node nothing is sent, so no array is large enough.

@@ -228,7 +228,7 @@ class RecordingCollective:
         self.starts = workload.sync in ("ring", "shared")
         self._made = 0
 
-    def least_bytes(self, delay_s: float, loss: float = 0.05) -> int:
+    def least_bytes(self, delay_s: float, loss: float) -> int:
         """As the ring's, from the machine's links; 1 MiB where they are not known. Local."""
         if self.workload.sync == "shared":
             size, factor = self.across, self.workload.ranks_per_node

@@ -234,6 +234,6 @@ def test_narrow_collectives_under_way_give_the_bits_of_the_blocking_ones(comm, w
 @pytest.mark.mpi(min_size=2)
 def test_links_are_measured_alike_on_all_ranks(comm):
     ring = Ring(comm)
-    few, many = ring.least_bytes(0.0), ring.least_bytes(100.0)
+    few, many = ring.least_bytes(0.0, 0.3), ring.least_bytes(100.0, 0.3)
     assert set(comm.allgather((few, many))) == {(few, many)} and 0 < few < many
     ring.free()

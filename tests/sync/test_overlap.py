@@ -273,8 +273,8 @@ def test_the_bucket_follows_latency_and_bandwidth():
         def __init__(self, least):
             self.least = least
 
-        def least_bytes(self, delay_s):
-            assert delay_s > 0
+        def least_bytes(self, delay_s, loss):
+            assert delay_s > 0 and 0 < loss < 1
             return self.least
 
     assert [find_bucket_mb(Link(least)) for least in (1, 2**20, 1.3 * 2**20, 3 * 2**20, 2**40)] == [1 / 16, 1, 1, 4, 32]
