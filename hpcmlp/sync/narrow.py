@@ -85,7 +85,9 @@ class NarrowUpdate(SlicedUpdate):
     def take_up(self, carried: dict[str, np.ndarray]) -> None:
         """Go on from `carried`; without a "master" in it the parameters are the masters. Local."""
         self._params.fetch(0, self._sent_params.size)()
-        flat = carried.get("master", self._sent_params)
-        for place, own in self._places:
-            self._masters[own] = flat[place]    # while an update is under way: the replica of these elements
+        for place, own in self._places:     # while an update is under way a master is the replica of these elements
+            if "master" in carried:
+                self._masters[own] = carried["master"][place]
+            else:       # not from what is sent: other ranks of the node may be writing there, the same numbers
+                self.ops.to_host(self.params[place], self._masters[own])
         super().take_up({name: flat for name, flat in carried.items() if name != "master"})
