@@ -6,8 +6,10 @@
     .venv/bin/python benchmarks/plan_accuracy.py table results.json link.json
 
 Every run trains with Adam on made-up samples of 784 float32 inputs, one BLAS thread a rank, and its summary.json holds
-both sides. `link` calibrates and runs on two hosts with one core and `--per-host` ranks each, joined by a link of that
-rate (see tests/cluster/hosts.py): one each with the ring, more with ring and node memory; they share their host's core.
+both sides. `calibrate` takes as many ranks as have a core, 4 at most, and `runs` leaves out what has more ranks than
+cores, unless `--crowded` (with a machine file of `calibrate --ranks 4`). `link` calibrates and runs on two hosts with
+one core and `--per-host` ranks each, joined by a link of that rate (see tests/cluster/hosts.py): one each with the
+ring, more with ring and node memory; they share their host's core.
 Long tables can be made in pieces: `--only 0:6` takes some configurations, `--repeat` each of them so often, in turn.
 Ratios are measured / foretold.
 """
@@ -26,12 +28,14 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[1]
 HOSTS = REPOSITORY / "tests/cluster/hosts.py"
 ROWS, WIDTH, CLASSES = 16384, 784, 10
+CORES = len(os.sched_getaffinity(0))
 # hidden widths, global batch, ranks, sync, steps
 RUNS = [("256", 64, 1, "ring", 400), ("256", 64, 2, "shared", 400), ("256", 1024, 2, "ring", 200),
         ("512,256", 512, 2, "shared", 200), ("512,512", 8192, 2, "ring", 12), ("1024,1024", 256, 1, "ring", 100),
         ("1024,1024", 1024, 2, "shared", 50), ("2048,2048", 256, 2, "shared", 40), ("2048,2048", 1024, 1, "ring", 12),
         ("2048,2048", 2048, 2, "ring", 12), ("4096,4096,4096", 128, 2, "shared", 12),
-        ("4096,4096,4096", 512, 1, "ring", 8)]
+        ("4096,4096,4096", 512, 1, "ring", 8), ("1024,1024", 1024, 3, "ring", 50), ("512,256", 512, 4, "shared", 200),
+        ("512,512", 8192, 4, "ring", 12), ("1024,1024", 1024, 4, "shared", 50), ("2048,2048", 2048, 4, "ring", 12)]
 LINK_RUNS = [("512,256", 512, 60), ("1024,1024", 1024, 30), ("2048,2048", 2048, 15)]     # hidden, batch, steps
 MEASURED = ("step_s", "compute_s", "comm_s", "wait_s", "input_s", "memory_bytes_per_node",
             "sent_bytes_per_rank_and_step")
@@ -66,12 +70,12 @@ def train(launch: list[str], case: tuple, data: Path, machine: str, folder: Path
 
 
 def run_all(cases: list[tuple], launch, args: argparse.Namespace, folder: Path, link: str = "") -> None:
-    """Run the cases in turn, and add each result to the file of --out as soon as it is there."""
+    """Run the cases in turn, and add each result to the file of --out as soon as it is there; `link`: joined how."""
     make_data(folder)
     for _ in range(args.repeat):
         for case in cases:
-            found = {**train(launch(case[2]), case, folder / "data", args.machine, folder, args.steps),
-                     "link": link}
+            where = link or (f", {CORES} cores" if case[2] > CORES else "")
+            found = {**train(launch(case[2]), case, folder / "data", args.machine, folder, args.steps), "link": where}
             step = found["plan"]["step_s"]
             if args.out:
                 before = json.loads(args.out.read_text()) if args.out.exists() else []
@@ -132,6 +136,9 @@ def main() -> None:
     parser.add_argument("--machine", default="machine.json", help="machine file to write (calibrate) or use (runs)")
     parser.add_argument("--mbit", type=float, default=1000, help="rate of the link, Mbit/s (link)")
     parser.add_argument("--per-host", type=int, default=1, help="ranks of each of the two hosts (link, default 1)")
+    parser.add_argument("--ranks", type=int, default=min(4, CORES), help="ranks that calibrate (default: as many as "
+                        "have a core, 4 at most)")
+    parser.add_argument("--crowded", action="store_true", help="run what has more ranks than there are cores, too")
     parser.add_argument("--only", default=":", help="configurations to run, as first:last (runs)")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10_000, help="most steps of a run: 3 do for memory and traffic")
@@ -141,13 +148,16 @@ def main() -> None:
         table(args.results)
         return
     if args.what == "calibrate":
-        subprocess.run([args.mpiexec, "-n", "2", sys.executable, "-m", "hpcmlp", "bench", "--calibrate", args.machine],
-                       check=True)
+        subprocess.run([args.mpiexec, "-n", str(args.ranks), sys.executable, "-m", "hpcmlp", "bench", "--calibrate",
+                        args.machine], check=True)
         return
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "runs":
             first, last = (int(word) if word else None for word in args.only.split(":"))
-            run_all(RUNS[first:last], lambda ranks: [args.mpiexec, "-n", str(ranks)], args, Path(folder))
+            cases = [case for case in RUNS[first:last] if case[2] <= CORES or args.crowded]
+            if left := len(RUNS[first:last]) - len(cases):
+                print(f"left out: {left} configurations of more ranks than the {CORES} cores", flush=True)
+            run_all(cases, lambda ranks: [args.mpiexec, "-n", str(ranks)], args, Path(folder))
         else:
             args.machine = str(Path(folder) / "link.json")
             environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}

@@ -21,7 +21,7 @@ from hpcmlp.sync.buckets import part_bounds
 from hpcmlp.sync.memory import buffer_elements
 
 # Where no machine file says it: as measured with the wheels of MPICH, NumPy (OpenBLAS, AVX-512) and h5py.
-PROCESS = Process(own=33e6, code=40e6, row_bytes=1792, block_rows=448, messages=3e6)
+PROCESS = Process(own=33e6, code=40e6, row_bytes=1792, block_rows=448, windows=2e6, messages=2e6)
 # float32 that an operation reads and writes for each element of its main array; others 2.
 MOVED = {"adam": 7, "momentum": 5, "rmsprop": 5, "finite": 1, "sum_squares": 1, "column_sum": 1, "checksum": 1,
          "add": 3, "ema": 3, "dropout": 2, "relu_backward": 3, "gelu_backward": 3}
@@ -79,7 +79,7 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
     shared = w.sync == "shared" and not w.full_update or w.served_on_node
     rank = {"parameters": flat, "gradients": flat, "optimizer": recording.held.get("optimizer", 0),
             "activations": _activations(w, recording), "data": data_bytes(w), "messages": _messages(w, recording),
-            "process": process.own + _blas_bytes(w, recording, process) + process.messages * (w.ranks > 1)}
+            "process": process.own + _blas_bytes(w, recording, process) + _mpi_bytes(w, process)}
     if w.rows[1]:
         rank["best state"] = owned
     if w.is_local:
@@ -106,9 +106,20 @@ def memory(w: Workload, recording: Recording, process: Process | None = None) ->
     return Memory({name: int(value) for name, value in rank.items() if value}, int(node + copy), copy, int(moment))
 
 
+def _sends(w: Workload) -> bool:
+    """Whether anything large goes in messages, not through a node's memory."""
+    return not w.served_on_node and (w.nodes if w.sync == "shared" else w.ranks) > 1
+
+
 def _is_narrow(w: Workload) -> bool:
     """Whether anything is rounded on its way: messages are, node memory is not."""
-    return w.wire != "float32" and (w.nodes if w.sync == "shared" else w.ranks) > 1
+    return w.wire != "float32" and _sends(w)
+
+
+def _mpi_bytes(w: Workload, process: Process) -> float:
+    """What MPI takes for itself by the ways that the run uses."""
+    in_memory = w.served_on_node or w.sync == "shared" and min(w.ranks, w.ranks_per_node) > 1
+    return process.windows * in_memory + process.messages * _sends(w)
 
 
 def _evaluation_rows(w: Workload, split: int) -> int:

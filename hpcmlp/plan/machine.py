@@ -40,13 +40,15 @@ class Process:
     ----------
     own, code : bytes of a rank (interpreter, modules, MPI), and of the code that a node's ranks have in common.
     row_bytes, block_rows : of the BLAS's own buffers, see `blas_bytes`.
-    messages : what MPI takes for itself in a rank once ranks exchange something.
+    windows, messages : what MPI takes for itself in a rank that opens its node's memory, and in one that sends large
+        messages.
     """
 
     own: float
     code: float
     row_bytes: float = 0.0
     block_rows: float = 0.0
+    windows: float = 0.0
     messages: float = 0.0
 
     def blas_bytes(self, products: Iterable[tuple[int, int, int]]) -> float:
@@ -94,7 +96,7 @@ class Machine:
     start_s : until the first step. read_s_per_byte, write_s_per_byte : of the file system.
     process_bytes, shared_bytes : what a rank holds beside its arrays: alone, and in common with the node's others (code
         of libraries). panel_bytes, block_rows : of the BLAS's own buffers (`Process.row_bytes`, `Process.block_rows`).
-    message_bytes : of MPI's own, once ranks exchange something (`Process.messages`).
+    window_bytes, message_bytes : of MPI's own, for node memory and for messages (`Process.windows`, `.messages`).
     watts : power per core (or GPU) in use, None where nobody said.
     """
 
@@ -119,6 +121,7 @@ class Machine:
     shared_bytes: float = 0.0
     panel_bytes: float = 0.0
     block_rows: float = 0.0
+    window_bytes: float = 0.0
     message_bytes: float = 0.0
     watts: float | None = None
     facts: dict[str, Any] = field(default_factory=dict)     # versions and what else a reader may want; not used
@@ -166,8 +169,8 @@ class Machine:
     @property
     def process(self) -> Process | None:
         """What ranks hold beside their arrays, as `demand.memory` takes it; None where it is not known."""
-        return Process(self.process_bytes, self.shared_bytes, self.panel_bytes, self.block_rows, self.message_bytes) \
-            if self.process_bytes else None
+        return Process(self.process_bytes, self.shared_bytes, self.panel_bytes, self.block_rows, self.window_bytes,
+                       self.message_bytes) if self.process_bytes else None
 
     @property
     def links(self) -> tuple[float, float] | None:

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import cycle
 from typing import Any
@@ -88,7 +89,8 @@ class Calibration:
         machine = replace(machine, products=products, ops=ops, node=self._node(), net=self._net(),
                           read_s_per_byte=read, write_s_per_byte=write, process_bytes=self.process.own,
                           shared_bytes=self.process.code, panel_bytes=self.process.row_bytes,
-                          block_rows=self.process.block_rows, message_bytes=self.process.messages)
+                          block_rows=self.process.block_rows, window_bytes=self.process.windows,
+                          message_bytes=self.process.messages)
         input_s, row_s = self._input()
         machine = replace(machine, input_s=input_s, row_s=row_s, late_s=self._lateness())
         return replace(machine, step_s={str(count): self._left_over(machine, count) for count in sorted({1, busy})})
@@ -134,12 +136,24 @@ class Calibration:
         self._small_step_s(alone)
         alone.Free()
         own, code = held_bytes()
-        if self.comm.size > 1:
-            self._exchange()
-        return Process(own - grown, code, row_bytes, block_rows, max(0, held_bytes()[0] - own))
+        return Process(own - grown, code, row_bytes, block_rows, self._held_by(self._open_windows),
+                       self._held_by(self._send_messages))
 
-    def _exchange(self) -> None:
-        """Send large messages inside and between nodes and open a node's memory, as training does, and keep nothing."""
+    def _held_by(self, action: Callable[[], None]) -> int:
+        """By how many bytes this rank has grown after `action`, which leaves nothing of ours. Collective."""
+        before = held_bytes()[0]
+        action()
+        messages.barrier(self.comm)     # shared memory counts by halves, once the others have touched it
+        return max(0, held_bytes()[0] - before)
+
+    def _open_windows(self) -> None:
+        """Open and close a node's memory."""
+        if self.topology.local_size > 1:
+            with suppress(SharedUnavailable):
+                make_collective("shared", self.topology).free()
+
+    def _send_messages(self) -> None:
+        """Send large messages inside nodes and between them."""
         for comm in (self.topology.node, self.topology.cross):
             ring = Ring(comm, small_bytes=0)
             array = ring.empty(min(MESSAGE_BYTES * ring.size, MOST_MESSAGE_BYTES) // 4, np.float32)
@@ -148,10 +162,6 @@ class Calibration:
                 ring.reduce_scatter(array, bounds)
                 ring.all_gather(array, bounds)
             ring.free()
-        try:
-            make_collective("shared", self.topology).free()
-        except SharedUnavailable:
-            pass
 
     # ---- one rank
 

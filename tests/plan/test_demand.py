@@ -34,12 +34,14 @@ def test_memory_by_hand(workload):
     assert found.node == flat + 2 * (2 * flat + activations + 50 * 132 + 1000) + found.copy + 300
 
 
-def test_mpi_takes_memory_of_its_own_where_there_is_somebody_to_talk_to(workload):
-    for ranks, talks in ((1, 0), (2, 1), (4, 1)):
-        w = workload(ranks=ranks)
-        quiet, talking = (demand.memory(w, record(w), Process(1000, 300, messages=m)) for m in (0, 70))
-        assert talking.rank["process"] == 1000 + 70 * talks and quiet.rank["process"] == 1000
-        assert talking.node - quiet.node == 70 * talks * ranks
+@pytest.mark.parametrize("ranks, per_node, sync, more", [
+    (1, 4, "ring", 0), (1, 4, "shared", 0), (4, 4, "ring", 7), (4, 4, "shared", 50), (4, 2, "shared", 57),
+    (4, 1, "shared", 7), (4, 2, "ring", 7), (4, 4, "server", 50)])
+def test_mpi_takes_memory_of_its_own_by_the_ways_that_are_used(workload, ranks, per_node, sync, more):
+    w = workload(ranks=ranks, per_node=per_node, sync=sync)
+    quiet, busy = (demand.memory(w, record(w), p) for p in (Process(1000, 0), Process(1000, 0, windows=50, messages=7)))
+    assert busy.rank["process"] - quiet.rank["process"] == more
+    assert busy.node - quiet.node == more * min(ranks, per_node)
 
 
 def test_ring_and_full_update_hold_more_than_shared_memory(workload):
