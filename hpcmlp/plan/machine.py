@@ -91,7 +91,7 @@ class Machine:
         "cpu_s_per_byte", the computing time that a byte takes away. Empty where one node was measured.
     step_s : what a step costs beside what is in the tables, per busy count.
     late_s : a table over seconds of computing: by how much the times of two ranks that do the same differ, in the mean.
-        Empty where one rank was measured.
+        Empty where no two ranks had a core each.
     input_s, row_s : of fetching a batch, and of each of its rows.
     start_s : until the first step. read_s_per_byte, write_s_per_byte : of the file system.
     process_bytes, shared_bytes : what a rank holds beside its arrays: alone, and in common with the node's others (code

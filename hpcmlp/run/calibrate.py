@@ -92,7 +92,7 @@ class Calibration:
                           block_rows=self.process.block_rows, window_bytes=self.process.windows,
                           message_bytes=self.process.messages)
         input_s, row_s = self._input()
-        machine = replace(machine, input_s=input_s, row_s=row_s, late_s=self._lateness())
+        machine = replace(machine, input_s=input_s, row_s=row_s, late_s=self._lateness(busy))
         return replace(machine, step_s={str(count): self._left_over(machine, count) for count in sorted({1, busy})})
 
     # ---- who measures
@@ -337,10 +337,20 @@ class Calibration:
         messages.max_in_place(comm, slowest)
         return float(np.median(slowest))
 
-    def _lateness(self) -> list[list[float]]:
-        """Mean seconds by which two ranks differ that compute the same at once, over the seconds that it takes."""
-        if self.comm.size == 1:
-            return []
+    def _lateness(self, busy: int) -> list[list[float]]:
+        """Mean seconds by which two ranks differ that compute the same at once, over the seconds that it takes.
+
+        Of `busy` ranks of every node, which have a core each: to take turns is not to be late.
+        """
+        mine = self.topology.local_rank < busy
+        comm = self.comm.Split(0 if mine else 1, self.comm.rank)
+        table = self._spread_over(comm) if mine and comm.size > 1 else []
+        self._sleep_until_all()
+        comm.Free()
+        return table
+
+    def _spread_over(self, comm: Any) -> list[list[float]]:
+        """What `_lateness` returns, of the ranks of `comm`, two at least. Collective over `comm`."""
         m, k, n = SPREAD_PRODUCT
         random = np.random.default_rng(0)
         x, w = (random.standard_normal(shape, dtype=np.float32) for shape in ((m, k), (n, k)))
@@ -348,13 +358,13 @@ class Calibration:
         for _ in range(self.rounds):
             times = np.empty(SPREAD_CALLS)
             self.ops.linear(x, w, None, out)
-            messages.barrier(self.comm)
+            messages.barrier(comm)
             for call in range(SPREAD_CALLS):
                 begin = time.perf_counter()
                 self.ops.linear(x, w, None, out)
                 times[call] = time.perf_counter() - begin
-            found = messages.all_gather_bytes(self.comm, times.tobytes())
-            rounds.append(spread(np.frombuffer(b"".join(found)).reshape(self.comm.size, -1)))
+            found = messages.all_gather_bytes(comm, times.tobytes())
+            rounds.append(spread(np.frombuffer(b"".join(found)).reshape(comm.size, -1)))
         return np.median(rounds, axis=0).tolist()
 
     def _cpu_per_byte(self, comm: Any, num_bytes: int = 1 << 22) -> float:
