@@ -2,8 +2,8 @@
 
 Every table is taken twice where a node has several ranks: by one of them while the others sleep, and by all at once, as
 far as they have a core each, since ranks share memory, caches and clock. What they wait for together is timed with all.
-A time is the median of a few calls; over ranks their mean, of what ranks do
-together the slowest. Operations are those of training (`ops`, `comm`), called as training calls them.
+A time is the median of a few calls; over ranks their mean, of what ranks do together the slowest. Operations are those
+of training (`ops`, `comm`), called as training calls them.
 """
 
 import os
@@ -147,8 +147,8 @@ class Calibration:
         return max(0, held_bytes()[0] - before)
 
     def _open_windows(self) -> None:
-        """Open and close a node's memory."""
-        if self.topology.local_size > 1:
+        """Open and close the memory of every node, where some have several ranks."""
+        if self.topology.local_sizes[1] > 1:
             with suppress(SharedUnavailable):
                 make_collective("shared", self.topology).free()
 
@@ -536,16 +536,17 @@ def blas_buffers(ops: Any) -> tuple[float, float, float]:
 
 
 def busy_ranks(topology: Topology, threads: int) -> tuple[int, int]:
-    """Return the cores of a node, and how many of its ranks have `threads` cores each.
+    """Return the cores of a node, and how many of its ranks have `threads` cores each, on all nodes alike.
 
-    Collective over the topology's ranks; of several nodes the one with the fewest cores for its ranks. Where they do
-    not suffice, the cores are those that the ranks share: a rank that is bound to some says nothing of all there are.
+    Collective over the topology's ranks; of several nodes the fewest cores and ranks count. Where the cores do not
+    suffice, they are those that the ranks share: ranks that are bound to some say nothing of all there are.
     """
     fewest = np.array([-float(usable_cores(topology.node))])
     messages.max_in_place(topology.comm, fewest)
     usable = int(-fewest[0])
-    busy = min(topology.local_size, max(1, usable // threads))
-    return usable if busy < topology.local_size else node_cores(), busy
+    ranks = topology.local_sizes[0]
+    busy = min(ranks, max(1, usable // threads))
+    return usable if busy < ranks else node_cores(), busy
 
 
 def node_cores() -> int:

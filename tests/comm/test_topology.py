@@ -33,16 +33,17 @@ def test_places_are_consistent(comm):
 
 @pytest.mark.mpi
 def test_cores_that_several_ranks_may_use_count_once(comm):
-    before = os.sched_getaffinity(0)
+    topology, before = Topology(comm), os.sched_getaffinity(0)
     cores = sorted(before)
     try:
-        os.sched_setaffinity(0, {cores[comm.rank % len(cores)]})
-        assert usable_cores(comm) == min(comm.size, len(cores))
+        os.sched_setaffinity(0, {cores[topology.local_rank % len(cores)]})
+        assert usable_cores(topology.node) == min(topology.local_size, len(cores))
         os.sched_setaffinity(0, {cores[0]})
-        assert usable_cores(comm) == 1
+        assert usable_cores(topology.node) == 1
     finally:
         os.sched_setaffinity(0, before)
         comm.Barrier()
+        topology.free()
 
 
 def test_the_header_says_where_ranks_have_different_cores_and_threads(run_ranks):
