@@ -191,12 +191,15 @@ def main() -> None:
     if unknown:
         parser.error(f"--peers: not known: {', '.join(unknown)} (legal: {', '.join(PEERS)})")
     before = os.getloadavg()
+    # What an environment sets here (OPENBLAS_CORETYPE) can halve our speed, and JAX's not.
+    blas = {name: value for name, value in sorted(os.environ.items()) if name.startswith("OPENBLAS_")}
     results = [compare(CASES[number], args) for number in args.networks]
     about = {"date": time.strftime("%Y-%m-%d"), "machine": cpu_model(), "cores": len(os.sched_getaffinity(0)),
              "load_before": before, "load_after": os.getloadavg(), "ranks": args.ranks, "threads": args.threads,
-             "sync": args.sync, "rounds": args.rounds}
+             "sync": args.sync, "rounds": args.rounds, "blas": blas}
     print(f"{about['date']}, {about['machine']}, {about['cores']} cores, {args.rounds} rounds; load {before[0]:.1f} "
-          f"before, {about['load_after'][0]:.1f} after\n\n{markdown(results, args.peers)}")
+          f"before, {about['load_after'][0]:.1f} after{''.join(f'; {name}={value}' for name, value in blas.items())}"
+          f"\n\n{markdown(results, args.peers)}")
     if args.out:
         args.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
 

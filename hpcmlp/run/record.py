@@ -10,6 +10,8 @@ from hpcmlp.run.account import Account
 from hpcmlp.run.coordinator import versions
 from hpcmlp.run.parts import Parts
 
+KERNEL_VARIABLES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+
 
 def header_rows(p: Parts) -> list[tuple[str, str]]:
     """Return names and values of the lines that a run begins with. Local."""
@@ -17,7 +19,7 @@ def header_rows(p: Parts) -> list[tuple[str, str]]:
     rows = ", ".join(f"{m.rows(s):,} {s}" for s in m.splits)
     return [("hpcmlp", hpcmlp.__version__),
             ("ranks", f"{t.size} on {t.num_nodes} node{'s' * (t.num_nodes > 1)}{_uneven(t.local_sizes)}; "
-                      f"{_spread(t.cores)} cores and {_spread(t.threads)} BLAS thread(s) each"),
+                      f"{_spread(t.cores)} cores and {_spread(t.threads)} BLAS thread(s) each{_kernels()}"),
             ("MPI", f"{mpi_library()}, sync {p.exchange.name}{p.exchange.why and f' ({p.exchange.why})'}"
                     f"{f', {p.exchange.wire} on the wire' if p.exchange.wire != 'float32' else ''}"
                     f"{', whole update' if c.full_update else ''}{_overlap(p)}{_servers(p)}"
@@ -34,6 +36,11 @@ def header_rows(p: Parts) -> list[tuple[str, str]]:
 def _spread(counts: tuple[int, int]) -> str:
     low, high = counts
     return ("default" if high == 0 else str(high)) if low == high else f"{low} to {high}"
+
+
+def _kernels() -> str:
+    """What makes OpenBLAS use other kernels than it would find: a wrong one can halve the speed."""
+    return "".join(f", {name}={os.environ[name]}" for name in KERNEL_VARIABLES if os.environ.get(name))
 
 
 def _uneven(local_sizes: tuple[int, int]) -> str:
