@@ -541,12 +541,11 @@ def busy_ranks(topology: Topology, threads: int) -> tuple[int, int]:
     Collective over the topology's ranks; of several nodes the fewest cores and ranks count. Where the cores do not
     suffice, they are those that the ranks share: ranks that are bound to some say nothing of all there are.
     """
-    fewest = np.array([-float(usable_cores(topology.node))])
-    messages.max_in_place(topology.comm, fewest)
-    usable = int(-fewest[0])
-    ranks = topology.local_sizes[0]
-    busy = min(ranks, max(1, usable // threads))
-    return usable if busy < ranks else node_cores(), busy
+    usable = np.array([usable_cores(topology.node)])
+    messages.min_in_place(topology.comm, usable)
+    ranks, cores = topology.local_sizes[0], int(usable[0])
+    busy = min(ranks, max(1, cores // threads))
+    return cores if busy < ranks else node_cores(), busy
 
 
 def node_cores() -> int:

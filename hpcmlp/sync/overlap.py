@@ -28,8 +28,8 @@ INTERVAL_S = 5e-4
 # message alone on its way took 13.5 ms where the wire needs 9, with three 9.4.
 QUESTIONS = 3
 # Share of a bucket's time that may go into latency. It is hidden like the rest, so that small buckets do little harm,
-# where a large one may leave nothing to hide: of 4, 2, 1, 1/2 and 1/4 MiB the best was near this, and what is four
-# times as large took up to 28 % longer (2 and 4 hosts, 1 and 4 Gbit/s).
+# where a large one may leave nothing to hide: of 4, 2, 1, 1/2 and 1/4 MiB the best was near this, and with what is four
+# times as large steps took up to 19 % longer (2 and 4 hosts, 1 and 4 Gbit/s).
 LATENCY_SHARE = 0.3
 
 
